@@ -1,0 +1,1 @@
+"""Clips: from encoded samples to batches of tensors."""

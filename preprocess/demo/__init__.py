@@ -1,0 +1,1 @@
+"""Synthetic audio-visual videos with shared hidden causes."""

@@ -1,0 +1,1 @@
+"""Executors: run shard-building tasks somewhere."""

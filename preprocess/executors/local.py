@@ -1,0 +1,94 @@
+"""A pool of processes on this machine."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from queue import Empty
+from typing import Any
+
+from avid_pipeline.preprocess.build import ShardReport, ShardTask, build_shard
+from avid_pipeline.preprocess.errors import PreprocessError
+
+_POLL_SECONDS = 0.2
+_worker_queue: Any = None
+
+
+class LocalExecutor:
+    """Builds shards in worker processes, one shard at a time each.
+
+    Args:
+        workers: number of processes; by default one for each core this process may use.
+    """
+
+    def __init__(self, workers: int | None = None) -> None:
+        self.workers = workers or len(os.sched_getaffinity(0))
+
+    def run(self, tasks: list[ShardTask], on_source: Callable[[], object]) -> Iterator[ShardReport]:
+        """Build all tasks and yield their reports as they finish.
+
+        Raises:
+            PreprocessError: a worker process died (killed, or out of memory).
+            StorageError: the root cannot be written.
+        """
+        if not tasks:
+            return
+        # Spawned, not forked: this process may hold threads of obstore and of the progress bar.
+        context = get_context("spawn")
+        queue = context.Queue()
+        pool = ProcessPoolExecutor(
+            min(self.workers, len(tasks)), mp_context=context, initializer=_start_worker, initargs=(queue,)
+        )
+        try:
+            waiting: set[Future[ShardReport]] = {pool.submit(_build, task) for task in tasks}
+            while waiting:
+                done, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+                _drain(queue, on_source)
+                for future in done:
+                    yield future.result()
+            _drain(queue, on_source)
+            pool.shutdown()
+        except BrokenProcessPool as error:
+            raise PreprocessError(
+                "a worker process died: it was killed or ran out of memory; run the command again (finished "
+                "shards are kept), with fewer --workers if memory is short"
+            ) from error
+        finally:
+            _stop(pool)
+            queue.close()
+
+
+def _start_worker(queue: Any) -> None:
+    # Ctrl-C reaches the whole process group; only the parent answers, and then stops its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _raise_exit)
+    global _worker_queue
+    _worker_queue = queue
+
+
+def _raise_exit(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def _build(task: ShardTask) -> ShardReport:
+    return build_shard(task, on_source=lambda: _worker_queue.put(None))
+
+
+def _drain(queue: Any, on_source: Callable[[], object]) -> None:
+    while True:
+        try:
+            queue.get_nowait()
+        except Empty:
+            return
+        on_source()
+
+
+def _stop(pool: ProcessPoolExecutor) -> None:
+    processes = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join()

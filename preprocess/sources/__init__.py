@@ -1,0 +1,1 @@
+"""Data set sources: what to convert, in a defined order."""

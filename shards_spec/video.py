@@ -1,0 +1,67 @@
+"""Decoding frames of a stored video on the CPU (PyAV)."""
+
+import io
+from fractions import Fraction
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from avid_pipeline.shards_spec.errors import DecodeError
+
+# A frame is the one shown at an instant; half a tick of rounding must not select its predecessor.
+_CLOCK_TOLERANCE = Fraction(1, 2000)
+
+
+def decode_frames(data: bytes, first: int, count: int, fps: float, where: str) -> npt.NDArray[np.uint8]:
+    """Decode consecutive frames, seeking to the key frame before them.
+
+    Frame ``i`` is the one shown ``i / fps`` seconds after the video's first frame, so that videos of another or of
+    a variable frame rate (codec ``copy``) work too.
+
+    Args:
+        data: the encoded video file.
+        first: first frame, from 0.
+        count: how many frames, at least 1.
+        fps: frames a second that ``first`` and ``count`` are counted in.
+        where: shard and key, for messages.
+
+    Returns:
+        uint8 RGB frames_THWC with T <= count; fewer only where the video ends.
+
+    Raises:
+        DecodeError: the data is no video, or not one frame could be decoded.
+    """
+    rate = Fraction(fps).limit_denominator(1001)
+    frames: list[npt.NDArray[np.uint8]] = []
+    shown: av.VideoFrame | None = None
+    try:
+        with av.open(io.BytesIO(data), mode="r") as container:
+            if not container.streams.video:
+                raise DecodeError(f"{where}: expected a video stream, found none")
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            tick = stream.time_base or Fraction(1, 1000)
+            origin = stream.start_time or 0
+            if first > 0:
+                container.seek(origin + int(first / rate / tick), stream=stream, backward=True)
+            for frame in container.decode(stream):
+                if frame.pts is None:
+                    continue
+                instant = (frame.pts - origin) * tick
+                while len(frames) < count and (first + len(frames)) / rate < instant - _CLOCK_TOLERANCE:
+                    frames.append(_rgb(shown or frame))
+                if len(frames) < count and (first + len(frames)) / rate <= instant + _CLOCK_TOLERANCE:
+                    frames.append(_rgb(frame))
+                if len(frames) == count:
+                    break
+                shown = frame
+    except av.FFmpegError as error:
+        raise DecodeError(f"{where}: video cannot be decoded: {error}") from error
+    if not frames:
+        raise DecodeError(f"{where}: expected frames from number {first} on, found none")
+    return np.stack(frames)
+
+
+def _rgb(frame: av.VideoFrame) -> npt.NDArray[np.uint8]:
+    return np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)

@@ -1,0 +1,162 @@
+"""One of four processes of test_sharded.py: trains on 1 to 4 of them and records what must be equal.
+
+Arguments: rank, number of processes, file to meet at, file for rank 0's results.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from avid_pipeline.errors import ConfigError
+from avid_pipeline.train.collectives import RankGroup
+from avid_pipeline.train.losses import AVIDLoss
+from avid_pipeline.train.memory_bank import MemoryBank
+
+DIM = 16
+BATCH = 12
+STEPS = 20
+
+
+class TwoHeads(nn.Module):
+    """The smallest model with two modalities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.video, self.audio = nn.Linear(8, DIM), nn.Linear(8, DIM)
+
+    def forward(self, video: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
+        return self.video(video), self.audio(audio)
+
+
+def global_batch(step: int, num_instances: int, *, repeat: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.randn(2, BATCH, 8, generator=generator)
+    if repeat:  # instances that occur on several ranks
+        index = torch.randint(0, num_instances, (BATCH,), generator=generator)
+    else:
+        index = torch.randperm(num_instances, generator=generator)[:BATCH]
+    negatives = torch.randint(0, num_instances, (BATCH, 24), generator=generator)
+    return inputs[0], inputs[1], index, negatives
+
+
+def train(
+    group: dist.ProcessGroup,
+    *,
+    num_instances: int = 61,
+    within: float = 1.0,
+    forced: bool = False,
+    repeat: bool = False,
+    strided: bool = False,
+) -> dict[str, Any]:
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    model = DistributedDataParallel(TwoHeads(), process_group=group)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    bank = MemoryBank(num_instances, DIM, seed=7, process_group=group)
+    criterion = AVIDLoss(bank, num_negatives=24, cross=1.0, within=within)
+    mine = slice(rank, None, size) if strided else slice(rank * BATCH // size, (rank + 1) * BATCH // size)
+    losses, terms, gradients = [], [], []
+    for step in range(STEPS):
+        video, audio, index, negatives = global_batch(step, num_instances, repeat=repeat)
+        embeddings = model(video[mine], audio[mine])
+        loss, parts = criterion(*embeddings, index[mine], negatives=negatives[mine] if forced else None)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(loss.item())
+        terms.append(parts)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    results: list[Any] = [None] * size
+    dist.all_gather_object(results, (losses, terms, criterion.partition_function), group=group)
+    return {
+        "losses": losses,
+        "terms": terms,
+        "partition_function": criterion.partition_function,
+        "gradients": torch.stack(gradients),
+        "memories": torch.stack(bank.full()),
+        "same_on_all_ranks": all(result == results[0] for result in results),
+        "owned": [len(rows) for rows in gather(list(bank.rows), group)],
+    }
+
+
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def measure_traffic(num_instances: int, num_negatives: int) -> list[tuple[str, int]]:
+    """Every collective of the second step, with its number of elements per rank."""
+    criterion = AVIDLoss(MemoryBank(num_instances, DIM), num_negatives=num_negatives, within=1.0)
+    sent: list[tuple[str, int]] = []
+
+    def recorded(name: str, collective: Callable[[RankGroup, Tensor], Tensor]) -> Callable[..., Tensor]:
+        def call(group: RankGroup, tensor: Tensor) -> Tensor:
+            sent.append((name, tensor.numel()))
+            return collective(group, tensor)
+
+        return call
+
+    names = ("all_gather", "all_reduce_sum", "reduce_scatter_sum")
+    originals = {name: getattr(RankGroup, name) for name in names}
+    for step in range(2):
+        if step == 1:
+            for name, original in originals.items():
+                setattr(RankGroup, name, recorded(name, original))
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        embeddings = torch.randn(2, 3, DIM, generator=generator).requires_grad_()
+        index = torch.arange(3) + 3 * dist.get_rank()
+        criterion(embeddings[0], embeddings[1], index)[0].backward()  # type: ignore[no-untyped-call]
+    for name, original in originals.items():
+        setattr(RankGroup, name, original)
+    return sent
+
+
+def error_of(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except ConfigError as error:
+        return str(error)
+    return "no error"
+
+
+def random_batch(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(size, DIM), torch.randn(size, DIM), torch.arange(size)
+
+
+def main() -> None:
+    rank, size, meeting_file, result_file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    torch.set_num_threads(1)
+    early = AVIDLoss(MemoryBank(20, DIM))
+    dist.init_process_group("gloo", init_method=f"file://{meeting_file}", rank=rank, world_size=size)
+    results: dict[str, Any] = {}
+    for world_size in range(1, size + 1):
+        group = dist.new_group(list(range(world_size)))
+        if rank < world_size:
+            assert isinstance(group, dist.ProcessGroup)
+            results[f"drawn {world_size}"] = train(group)
+            results[f"forced {world_size}"] = train(group, within=0.0, forced=True, repeat=True)
+            results[f"strided {world_size}"] = train(group, strided=True)
+            results[f"tiny {world_size}"] = train(group, num_instances=3, repeat=True)
+    results["traffic"] = {(n, k): measure_traffic(n, k) for n in (61, 997) for k in (8, 200)}
+    results["made too early"] = gather(error_of(lambda: early(*random_batch(2))))
+    unequal = AVIDLoss(MemoryBank(20, DIM))
+    results["unequal batches"] = gather(error_of(lambda: unequal(*random_batch(2 + rank % 2))))
+    seeds = AVIDLoss(MemoryBank(20, DIM, seed=rank))
+    results["unequal seeds"] = gather(error_of(lambda: seeds(*random_batch(2))))
+    changed = AVIDLoss(MemoryBank(20, DIM), num_negatives=4)
+    changed(*random_batch(2))
+    results["changed batch"] = gather(error_of(lambda: changed(*random_batch(3))))
+    if rank == 0:
+        torch.save(results, result_file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The memory bank divided over ranks gives what one process gives: losses, gradients, memories, errors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("sharded_worker.py")
+WORLD_SIZES = [2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What four processes computed in groups of one to four of them; see sharded_worker.py."""
+    folder = tmp_path_factory.mktemp("sharded")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), "4", str(folder / "meeting"), str(folder / "results.pt")],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(4)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    loaded: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
+    return loaded
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("case", ["drawn", "forced", "strided", "tiny"])
+def test_equals_one_process(results: dict[str, Any], case: str, world_size: int) -> None:
+    # Which rank holds which sample of a global batch must not matter either, unless instances repeat.
+    single = results["drawn 1" if case == "strided" else f"{case} 1"]
+    sharded = results[f"{case} {world_size}"]
+    assert sharded["same_on_all_ranks"]
+    assert sharded["losses"] == pytest.approx(single["losses"], rel=1e-5)
+    assert sharded["partition_function"] == pytest.approx(single["partition_function"], rel=1e-5)
+    for terms, single_terms in zip(sharded["terms"], single["terms"], strict=True):
+        assert terms == pytest.approx(single_terms, rel=1e-5)
+    for gradient, expected in zip(sharded["gradients"], single["gradients"], strict=True):
+        assert (gradient - expected).abs().max() < 1e-5 * expected.abs().max()
+    torch.testing.assert_close(sharded["memories"], single["memories"], rtol=0, atol=1e-5)
+
+
+def test_one_process_learns(results: dict[str, Any]) -> None:
+    # Otherwise the equalities above would compare runs in which nothing happens.
+    run = results["drawn 1"]
+    assert sum(run["losses"][-5:]) < 0.95 * sum(run["losses"][:5])
+    assert run["gradients"].abs().max() > 1e-3
+    assert set(run["terms"][0]) == {
+        "video_to_audio",
+        "audio_to_video",
+        "cross",
+        "video_to_video",
+        "audio_to_audio",
+        "within",
+    }
+
+
+def test_every_rank_owns_its_part(results: dict[str, Any]) -> None:
+    assert results["drawn 4"]["owned"] == [16, 15, 15, 15]
+    assert results["drawn 3"]["owned"] == [21, 20, 20]
+    assert results["tiny 4"]["owned"] == [1, 1, 1, 0]
+
+
+def test_traffic_depends_on_neither_instances_nor_negatives(results: dict[str, Any]) -> None:
+    # Four ranks, three samples each, two modalities of 16 numbers; four terms of one number.
+    expected = [
+        ("all_gather", 3 * 2 * 16),
+        ("all_gather", 3),
+        ("all_reduce_sum", 4),
+        ("reduce_scatter_sum", 4 * 3 * 2 * 16),
+    ]
+    assert len(results["traffic"]) == 4
+    for traffic in results["traffic"].values():
+        assert traffic == expected
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("made too early", "bank was made for 1 rank(s) but the process group now has 4"),
+        ("unequal batches", "batch size must be the same on all ranks but is [2, 3, 2, 3]"),
+        ("unequal seeds", "(num_instances, dim, seed) must be the same on all ranks but is [(20, 16, 0), (20, 16, 1)"),
+        ("changed batch", "this rank's batch has 3 samples after batches of 2"),
+    ],
+)
+def test_what_would_hang_is_an_error_on_every_rank(results: dict[str, Any], case: str, message: str) -> None:
+    assert len(results[case]) == 4
+    for error in results[case]:
+        assert message in error

@@ -1,0 +1,1 @@
+"""Training: losses, memory bank, trainer, checkpoints."""

@@ -1,0 +1,102 @@
+"""Everything a training run is made of, as typed settings read from YAML."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from avid_pipeline.clips.settings import AugmentationSettings, ClipSettings
+from avid_pipeline.config import Settings
+
+
+class ModelSettings(Settings):
+    """The networks.
+
+    Attributes:
+        video_depth: depth of R(2+1)D: 10, 18 or 34.
+        projection: sizes of the layers of each projection head; the last is the embedding's.
+    """
+
+    video_depth: Literal[10, 18, 34] = 18
+    projection: tuple[int, ...] = (512, 512, 128)
+
+
+class DataSettings(Settings):
+    """How the data are read.
+
+    Attributes:
+        batch_size: clips in a step, over all ranks.
+        clips_per_instance: visits of every instance in an epoch.
+        canonical_streams: into how many streams the order is cut; see ``avid_pipeline.streams``.
+        workers: threads of each rank that read and decode; None for one a core.
+        device: where clips are decoded and augmented.
+    """
+
+    batch_size: int = Field(ge=1)
+    clips_per_instance: int = Field(1, ge=1)
+    canonical_streams: int = Field(64, ge=1)
+    workers: int | None = Field(None, ge=1)
+    device: Literal["cpu", "gpu"] = "cpu"
+
+
+class LossSettings(Settings):
+    """The AVID loss and its memory bank (paper, section 3).
+
+    Attributes:
+        num_negatives: negatives of each clip.
+        temperature: of the scores.
+        cross: weight of the cross-modal terms.
+        within: weight of the within-modal terms.
+        memory_momentum: share of a memory that an update keeps.
+    """
+
+    num_negatives: int = Field(1024, ge=1)
+    temperature: float = Field(0.07, gt=0)
+    cross: float = Field(1.0, ge=0)
+    within: float = Field(0.0, ge=0)
+    memory_momentum: float = Field(0.5, ge=0, lt=1)
+
+
+class OptimizerSettings(Settings):
+    """Adam, and a rate that falls at milestones.
+
+    Attributes:
+        learning_rate: at the start.
+        weight_decay: L2 penalty.
+        betas: Adam's decay rates.
+        milestones: epochs after which the rate is multiplied by ``gamma``.
+        gamma: that factor.
+    """
+
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    milestones: tuple[int, ...] = ()
+    gamma: float = Field(0.1, gt=0, le=1)
+
+
+class TrainConfig(Settings):
+    """A training run; ``configs/`` has one file for each published experiment.
+
+    Attributes:
+        seed: of every random choice.
+        epochs: passes of the plan.
+        log_every: steps between two lines in the logs.
+        checkpoint_every: epochs between two checkpoints; the last epoch always has one.
+    """
+
+    seed: int = Field(0, ge=0)
+    epochs: int = Field(ge=1)
+    model: ModelSettings = ModelSettings()
+    clip: ClipSettings = ClipSettings()
+    augmentation: AugmentationSettings = AugmentationSettings()
+    data: DataSettings
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSettings
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> Self:
+        if self.loss.cross + self.loss.within == 0:
+            raise ValueError("loss.cross and loss.within are both 0; one of them must be positive")
+        return self

@@ -1,0 +1,292 @@
+"""The training loop, readable from top to bottom."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from avid_pipeline.clips.loader import ClipBatch, ClipLoader
+from avid_pipeline.clips.reading import TrainingChoice
+from avid_pipeline.errors import CheckpointError, ConfigError, ManifestError
+from avid_pipeline.models import AVModel
+from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
+from avid_pipeline.shards_spec.reader import ShardReader, open_dataset
+from avid_pipeline.shards_spec.storage import Storage, open_storage
+from avid_pipeline.streams.plan import EpochPlan, plan
+from avid_pipeline.train.checkpoint import (
+    latest_checkpoint,
+    read_record,
+    restore_bank,
+    restore_model,
+    restore_trainer_state,
+    save_checkpoint,
+)
+from avid_pipeline.train.collectives import RankGroup
+from avid_pipeline.train.config import TrainConfig
+from avid_pipeline.train.loss_curve import draw_loss_curve
+from avid_pipeline.train.losses import AVIDLoss
+from avid_pipeline.train.memory_bank import MemoryBank
+from avid_pipeline.train.run_log import RunLog
+
+
+@dataclass
+class TrainState:
+    """Everything that a checkpoint holds.
+
+    Attributes:
+        model: the networks, not wrapped.
+        optimizer: Adam over their parameters.
+        schedule: the learning rate over epochs.
+        criterion: the loss; it holds the memory bank.
+        epoch: the next epoch to train, from 0.
+        step: steps trained so far, over all epochs.
+    """
+
+    model: AVModel
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    criterion: AVIDLoss
+    epoch: int = 0
+    step: int = 0
+
+
+def train(config: TrainConfig, data: str, output: str, *, resume: bool = False) -> TrainState:
+    """Train AVID; in every process of a process group where there is one.
+
+    Args:
+        config: the run.
+        data: root URL of the training data.
+        output: the run's folder.
+        resume: go on from the newest checkpoint in ``output``, or start where there is none.
+
+    Returns:
+        The final state.
+
+    Raises:
+        ConfigError: the configuration does not fit the data, the machine or a run that is there.
+        CheckpointError: the checkpoint to resume from is damaged or of another run.
+        AvidPipelineError: the data cannot be read.
+    """
+    group = RankGroup()
+    reader = open_dataset(data)
+    statistics = _statistics(reader)
+    root = open_storage(output, create=True)
+    if not resume and latest_checkpoint(root) is not None:
+        raise ConfigError(f"{output}: holds a run already; give --resume to go on with it, or another folder")
+    plans = _planner(config, reader)
+    device = _device(config)
+    state = _new_state(config, len(reader), device)
+    if resume:
+        _restore(root, state, config, reader.manifest.fingerprint())
+    network = _wrap(state.model, device)
+    total_steps = plans(0).num_batches * config.epochs
+    folder = root.local_root or Path(output)
+    with RunLog(folder, total_steps, state.step, quiet=group.rank > 0) as log:
+        log.say(_summary(config, reader, device, group, total_steps, state))
+        while state.epoch < config.epochs:
+            _train_epoch(config, reader, plans(state.epoch), network, state, device, log)
+            state.schedule.step()
+            state.epoch += 1
+            if state.epoch % config.checkpoint_every == 0 or state.epoch == config.epochs:
+                name = _save(root, state, config, reader, statistics)
+                log.say(f"checkpoint {root.url_of(name)}")
+    if group.rank == 0:
+        draw_loss_curve(folder)
+    return state
+
+
+def _train_epoch(
+    config: TrainConfig,
+    reader: ShardReader,
+    epoch_plan: EpochPlan,
+    network: torch.nn.Module,
+    state: TrainState,
+    device: torch.device,
+    log: RunLog,
+) -> None:
+    group = state.criterion.bank.group
+    first = state.step - state.epoch * epoch_plan.num_batches
+    batches = [epoch_plan.rank_batch(step, group.rank, group.size) for step in range(first, epoch_plan.num_batches)]
+    choice = TrainingChoice(config.seed, state.epoch, config.augmentation)
+    loader = ClipLoader(reader, batches, config.clip, choice, device=config.data.device, workers=config.data.workers)
+    network.train()
+    meter = _Meter(config.data.batch_size)
+    for batch in loader:
+        meter.data_arrived()
+        loss, terms = _step(network, state, batch, device)
+        meter.step_done({"total": loss, **terms})
+        log.advance()
+        if state.step % config.log_every == 0 or state.step == (state.epoch + 1) * epoch_plan.num_batches:
+            values = meter.take()
+            values["learning_rate"] = state.optimizer.param_groups[0]["lr"]
+            log.metrics(state.step, state.epoch, values)
+
+
+def _step(
+    network: torch.nn.Module, state: TrainState, batch: ClipBatch, device: torch.device
+) -> tuple[float, dict[str, float]]:
+    video_emb, audio_emb = network(batch["video"].to(device), batch["audio"].to(device))
+    loss, terms = state.criterion(video_emb, audio_emb, batch["index"].to(device))
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise ConfigError(
+            f"the loss became {value} at step {state.step + 1}; lower optimizer.learning_rate, or look at the "
+            "data with avid-shards validate; the newest checkpoint is from before"
+        )
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    state.optimizer.step()
+    state.step += 1
+    return value, terms
+
+
+class _Meter:
+    """Means of loss terms, clips a second and the share of time spent waiting for data, since the last line."""
+
+    def __init__(self, clips_per_step: int) -> None:
+        self._clips_per_step = clips_per_step
+        self._sums: dict[str, float] = {}
+        self._steps = 0
+        self._waited = 0.0
+        self._began = self._last = time.perf_counter()
+
+    def data_arrived(self) -> None:
+        self._waited += time.perf_counter() - self._last
+
+    def step_done(self, terms: dict[str, float]) -> None:
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._steps += 1
+        self._last = time.perf_counter()
+
+    def take(self) -> dict[str, float]:
+        seconds = max(self._last - self._began, 1e-9)
+        values = {f"loss/{name}": total / self._steps for name, total in self._sums.items()}
+        values["clips_per_second"] = self._steps * self._clips_per_step / seconds
+        values["data_wait_share"] = self._waited / seconds
+        self._sums, self._steps, self._waited = {}, 0, 0.0
+        self._began = self._last
+        return values
+
+
+def _planner(config: TrainConfig, reader: ShardReader) -> Callable[[int], EpochPlan]:
+    def of_epoch(epoch: int) -> EpochPlan:
+        return plan(
+            reader.manifest,
+            seed=config.seed,
+            epoch=epoch,
+            clips_per_instance=config.data.clips_per_instance,
+            global_batch_size=config.data.batch_size,
+            canonical_streams=config.data.canonical_streams,
+        )
+
+    return of_epoch
+
+
+def _new_state(config: TrainConfig, num_instances: int, device: torch.device) -> TrainState:
+    generator = torch.Generator().manual_seed(config.seed)
+    model = AVModel(config.model.video_depth, config.model.projection, generator).to(device)
+    settings = config.optimizer
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(settings.milestones), settings.gamma)
+    bank = MemoryBank(
+        num_instances, config.model.projection[-1], config.loss.memory_momentum, config.seed, device=device
+    )
+    criterion = AVIDLoss(
+        bank, config.loss.num_negatives, config.loss.temperature, config.loss.cross, config.loss.within
+    )
+    return TrainState(model, optimizer, schedule, criterion)
+
+
+def _save(
+    root: Storage, state: TrainState, config: TrainConfig, reader: ShardReader, statistics: SpectrogramStatistics
+) -> str:
+    trainer_state: dict[str, Any] = {
+        "optimizer": state.optimizer.state_dict(),
+        "schedule": state.schedule.state_dict(),
+        "criterion": state.criterion.state_dict(),
+    }
+    return save_checkpoint(
+        root,
+        epoch=state.epoch,
+        step=state.step,
+        config=config,
+        manifest_fingerprint=reader.manifest.fingerprint(),
+        statistics=statistics,
+        model=state.model,
+        trainer_state=trainer_state,
+        bank=state.criterion.bank,
+    )
+
+
+def _restore(root: Storage, state: TrainState, config: TrainConfig, manifest_fingerprint: str) -> None:
+    name = latest_checkpoint(root)
+    if name is None:
+        return
+    record = read_record(root)
+    if record.manifest_fingerprint != manifest_fingerprint:
+        raise CheckpointError(
+            f"{root.url_of(name)}: was trained on data with fingerprint {record.manifest_fingerprint}, but --data has "
+            f"{manifest_fingerprint}; rows of the memory bank would belong to other instances: give the same data"
+        )
+    before, now = dict(record.config), config.model_dump(mode="json")
+    changed = [
+        key for key in now if key not in ("epochs", "log_every", "checkpoint_every") and before.get(key) != now[key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"{root.url_of(name)}: {', '.join(changed)} changed since this run began; only epochs, log_every and "
+            "checkpoint_every may, so that a resumed run equals an undisturbed one"
+        )
+    restore_model(root, name, record, state.model)
+    saved = restore_trainer_state(root, name, record)
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.schedule.load_state_dict(saved["schedule"])
+    state.criterion.load_state_dict(saved["criterion"])
+    restore_bank(root, name, state.criterion.bank)
+    state.epoch, state.step = record.epoch, record.step
+
+
+def _statistics(reader: ShardReader) -> SpectrogramStatistics:
+    manifest = reader.manifest
+    if manifest.spectrogram_statistics is None or set(manifest.modalities) != {"video", "audio"}:
+        found = ", ".join(manifest.modalities)
+        raise ManifestError(f"{reader.storage.url}: AVID needs video and audio, found only {found}")
+    return manifest.spectrogram_statistics
+
+
+def _device(config: TrainConfig) -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if config.data.device == "gpu":
+        raise ConfigError("data.device: gpu, but torch finds no CUDA device; use --set data.device=cpu")
+    return torch.device("cpu")
+
+
+def _wrap(model: AVModel, device: torch.device) -> torch.nn.Module:
+    if not (dist.is_available() and dist.is_initialized()):
+        return model
+    return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index])
+
+
+def _summary(
+    config: TrainConfig,
+    reader: ShardReader,
+    device: torch.device,
+    group: RankGroup,
+    total_steps: int,
+    state: TrainState,
+) -> str:
+    begin = f"from step {state.step}" if state.step else "from the start"
+    return (
+        f"training {begin} to step {total_steps}: {len(reader):,} instances, batch {config.data.batch_size}, "
+        f"{config.epochs} epochs, R(2+1)D-{config.model.video_depth}, {group.size} process(es) on {device.type}"
+    )
