@@ -15,7 +15,7 @@ from avid_pipeline.errors import ConfigError
 class Settings(BaseModel):
     """Base of everything that a configuration file holds: unknown fields are errors, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
@@ -70,7 +70,7 @@ def parse_config(content: Any, kind: type[SettingsType], where: str) -> Settings
     except ValidationError as error:
         problems = "; ".join(_describe(item, kind) for item in error.errors())
         raise ConfigError(f"{where}: {problems}") from error
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: holds a value that is no number, text, list or mapping: {error}") from error
 
 
@@ -93,6 +93,10 @@ def _apply(content: dict[Any, Any], override: str) -> None:
 
 def _describe(item: Any, kind: type[BaseModel]) -> str:
     field = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "missing":
+        return f"{field}: is missing and has no default"
+    if item["type"] == "value_error":
+        return f"{field}: {item['ctx']['error']}" if field else str(item["ctx"]["error"])
     if item["type"] != "extra_forbidden":
         return f"{field}: {item['msg']}, found {item['input']!r}" if field else str(item["msg"])
     owner: Any = kind

@@ -42,12 +42,17 @@ def retrieve(queries: Tensor, candidates: Tensor, labels: Tensor | None = None) 
         labels: int64 [N], -1 without a label; None where there are none.
 
     Raises:
-        ConfigError: the shapes differ, or there are fewer than two instances.
+        ConfigError: the shapes differ, there are fewer than two instances, or a vector is not finite.
     """
     if queries.shape != candidates.shape or len(queries) < 2:
         raise ConfigError(
             f"retrieval: expected as many queries as candidates and at least 2, found {list(queries.shape)} and "
             f"{list(candidates.shape)}"
+        )
+    if not (queries.isfinite().all() and candidates.isfinite().all()):
+        raise ConfigError(
+            "retrieval: the embeddings hold NaN or infinite numbers; the model's training diverged: take an earlier "
+            "checkpoint"
         )
     ranks, same_class, labelled = [], 0, 0
     for first in range(0, len(queries), _QUERIES_PER_BLOCK):

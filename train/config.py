@@ -1,11 +1,17 @@
 """Everything a training run is made of, as typed settings read from YAML."""
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from avid_pipeline.clips.settings import AugmentationSettings, ClipSettings
 from avid_pipeline.config import Settings
+
+
+_DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
+# What may differ when a run is resumed, for a resumed run must equal an undisturbed one.
+_FREE_TO_CHANGE = ("epochs", "log_every", "checkpoint_every", "data.workers")
 
 
 class ModelSettings(Settings):
@@ -17,7 +23,7 @@ class ModelSettings(Settings):
     """
 
     video_depth: Literal[10, 18, 34] = 18
-    projection: tuple[int, ...] = (512, 512, 128)
+    projection: tuple[Annotated[int, Field(ge=1)], ...] = Field((512, 512, 128), min_length=1)
 
 
 class DataSettings(Settings):
@@ -69,8 +75,8 @@ class OptimizerSettings(Settings):
 
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    milestones: tuple[int, ...] = ()
+    betas: tuple[_DecayRate, _DecayRate] = (0.9, 0.999)
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
     gamma: float = Field(0.1, gt=0, le=1)
 
 
@@ -100,3 +106,22 @@ class TrainConfig(Settings):
         if self.loss.cross + self.loss.within == 0:
             raise ValueError("loss.cross and loss.within are both 0; one of them must be positive")
         return self
+
+
+def changed_settings(before: Any, now: Any, field: str = "") -> list[str]:
+    """What a run may not be resumed with: ``field was … and is now …`` for every such difference.
+
+    Args:
+        before: a configuration as plain data.
+        now: another.
+        field: dotted path of the two, for messages.
+    """
+    if field in _FREE_TO_CHANGE:
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            change
+            for key in sorted(before.keys() | now.keys())
+            for change in changed_settings(before.get(key), now.get(key), f"{field}.{key}" if field else key)
+        ]
+    return [] if before == now else [f"{field} was {before!r} and is now {now!r}"]

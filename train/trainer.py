@@ -28,7 +28,7 @@ from avid_pipeline.train.checkpoint import (
     save_checkpoint,
 )
 from avid_pipeline.train.collectives import RankGroup
-from avid_pipeline.train.config import TrainConfig
+from avid_pipeline.train.config import TrainConfig, changed_settings
 from avid_pipeline.train.loss_curve import draw_loss_curve
 from avid_pipeline.train.losses import AVIDLoss
 from avid_pipeline.train.memory_bank import MemoryBank
@@ -112,7 +112,7 @@ def _train_epoch(
 ) -> None:
     group = state.criterion.bank.group
     first = state.step - state.epoch * epoch_plan.num_batches
-    batches = [epoch_plan.rank_batch(step, group.rank, group.size) for step in range(first, epoch_plan.num_batches)]
+    batches = epoch_plan.rank_batches(group.rank, group.size, first)
     choice = TrainingChoice(config.seed, state.epoch, config.augmentation)
     loader = ClipLoader(reader, batches, config.clip, choice, device=config.data.device, workers=config.data.workers)
     network.train()
@@ -237,14 +237,11 @@ def _restore(root: Storage, state: TrainState, config: TrainConfig, manifest_fin
             f"{root.url_of(name)}: was trained on data with fingerprint {record.manifest_fingerprint}, but --data has "
             f"{manifest_fingerprint}; rows of the memory bank would belong to other instances: give the same data"
         )
-    before, now = dict(record.config), config.model_dump(mode="json")
-    changed = [
-        key for key in now if key not in ("epochs", "log_every", "checkpoint_every") and before.get(key) != now[key]
-    ]
+    changed = changed_settings(record.config, config.model_dump(mode="json"))
     if changed:
         raise ConfigError(
-            f"{root.url_of(name)}: {', '.join(changed)} changed since this run began; only epochs, log_every and "
-            "checkpoint_every may, so that a resumed run equals an undisturbed one"
+            f"{root.url_of(name)}: {'; '.join(changed)}: cannot change in a run that is resumed, so that it equals an "
+            "undisturbed one; give the settings it began with, or another --output"
         )
     restore_model(root, name, record, state.model)
     saved = restore_trainer_state(root, name, record)

@@ -41,7 +41,7 @@ class ClipLoader:
 
     Args:
         reader: the data set.
-        batches: which visits each batch holds, for example ``plan(…).rank_batch`` of each step.
+        batches: which visits each batch holds, for example ``plan(…).rank_batches(…)``; none is larger than the first.
         clip: length and size of clips.
         choice: how clips are chosen and augmented.
         statistics: of spectrograms, for normalisation; those of the data set's own manifest by default. Give the
@@ -80,7 +80,7 @@ class ClipLoader:
             clip=clip,
             mean=mean,
             std=std,
-            batch_size=max((len(batch) for batch in batches), default=1),
+            batch_size=len(batches[0]) if batches else 1,
             threads=self._workers,
             device_id=_cuda_device() if device == "gpu" else None,
             frame_stride=_frame_stride(reader, clip) if device == "gpu" else 1,
@@ -96,27 +96,28 @@ class ClipLoader:
             ShardError: a shard is damaged.
             SampleError: a sample cannot be decoded.
         """
-        delivered: deque[list[HostClip]] = deque()
+        delivered: deque[tuple[Batch, list[HostClip]]] = deque()
         with ThreadPoolExecutor(self._workers, thread_name_prefix="clip-loader") as pool:
-            waiting: deque[list[Future[HostClip]]] = deque()
+            waiting: deque[tuple[Batch, list[Future[HostClip]]]] = deque()
             upcoming = iter(self._batches)
 
             def source() -> tuple[list[npt.NDArray[Any]], ...]:
                 while len(waiting) <= _BATCHES_AHEAD and (batch := next(upcoming, None)) is not None:
-                    waiting.append(self._submit(pool, batch))
+                    waiting.append((batch, self._submit(pool, batch)))
                 if not waiting:
                     raise StopIteration
-                clips = [future.result() for future in waiting.popleft()]
-                delivered.append(clips)
+                batch, futures = waiting.popleft()
+                clips = [future.result() for future in futures]
+                delivered.append((batch, clips))
                 return pack(clips, self._graph)
 
             pipeline = build_graph(source, self._graph)
             try:
-                for batch in self._batches:
+                for _ in range(len(self._batches)):
                     video, audio = pipeline.run()
-                    yield self._collate(video, audio, delivered.popleft(), batch)
+                    yield self._collate(video, audio, *delivered.popleft())
             finally:
-                for futures in waiting:
+                for _, futures in waiting:
                     for future in futures:
                         future.cancel()
 
@@ -130,7 +131,7 @@ class ClipLoader:
         sample = self._reader.read(instance)
         return read_clip(sample, instance, visit, self._clip, self._choice, self._decode)
 
-    def _collate(self, video: Any, audio: Any, clips: list[HostClip], batch: Batch) -> ClipBatch:
+    def _collate(self, video: Any, audio: Any, batch: Batch, clips: list[HostClip]) -> ClipBatch:
         return ClipBatch(
             video=_to_torch(video, self._graph.device_id),
             audio=_to_torch(audio, self._graph.device_id),

@@ -1,6 +1,6 @@
 """What a clip is, and how it is augmented (design section 6)."""
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from avid_pipeline.config import Settings
 
@@ -50,3 +50,12 @@ class AugmentationSettings(Settings):
     saturation: float = Field(0.4, ge=0)
     hue: float = Field(0.2, ge=0, le=0.5)
     volume: float = Field(0.1, ge=0, lt=1)
+
+    @field_validator("area", "ratio")
+    @classmethod
+    def _is_range(cls, value: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        highest = 1.0 if info.field_name == "area" else float("inf")
+        if not 0 < value[0] <= value[1] <= highest:
+            limit = " <= 1" if info.field_name == "area" else ""
+            raise ValueError(f"expected [lowest, highest] with 0 < lowest <= highest{limit}, found {list(value)}")
+        return value

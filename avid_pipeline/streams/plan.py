@@ -14,9 +14,10 @@ An instance is at most once in a global batch: streams share no instance, and wi
 instance are always at least a batch apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,9 @@ IntArray = npt.NDArray[np.int64]
 # First word of the key of every generator here, so that no two purposes share a sequence.
 _SHARD_ORDER, _BLOCK_ORDER, _WITHIN_BLOCK, _REMAINDER_ORDER = range(4)
 
+# A stream of one block would go pass after pass.
+_BLOCKS_PER_STREAM = 8
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -39,6 +43,30 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.instances)
+
+
+class LazyBatches(Sequence[Batch]):
+    """A sequence of batches that are made when they are asked for.
+
+    Args:
+        make: gives the batch of a number.
+        count: how many there are.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], count: int) -> None:
+        self._make = make
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, number: int) -> Batch: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, number: int | slice) -> Batch | Sequence[Batch]:
+        wanted = range(self._count)[number]
+        return self._make(wanted) if isinstance(wanted, int) else [self._make(each) for each in wanted]
 
 
 class EpochPlan:
@@ -101,6 +129,14 @@ class EpochPlan:
         places = self._places(step)
         turns = places % len(self._line)
         return self._look_up(places[_divide(turns % world_size, world_size) == rank])
+
+    def rank_batches(self, rank: int, world_size: int, first: int = 0) -> Sequence[Batch]:
+        """A rank's shares of all global batches from step ``first`` on, each made when it is asked for.
+
+        Raises:
+            PlanError: as :meth:`rank_batch`, when a batch is asked for.
+        """
+        return LazyBatches(lambda number: self.rank_batch(first + number, rank, world_size), self.num_batches - first)
 
     def _places(self, step: int) -> IntArray:
         """Places of a global batch in the line of visits, int64 [global batch size]."""
@@ -190,7 +226,8 @@ def plan(
         global_batch_size: clips in a step over all ranks.
         canonical_streams: into how many streams the data are cut; what any number of ranks and loader workers
             that divides it reads together is the same. Small data sets use fewer (a divisor of it).
-        block_size: about how many neighbouring instances a stream visits together.
+        block_size: about how many neighbouring instances a stream visits together; fewer where streams are short, so
+            that visits spread there too.
 
     Raises:
         PlanError: the global batch is larger than the data set, or a number is not positive.
@@ -219,7 +256,7 @@ def plan(
         clips_per_instance=clips_per_instance,
         global_batch_size=global_batch_size,
         streams=streams,
-        block_size=max(block_size, 3 * apart),
+        block_size=max(min(block_size, count // streams // _BLOCKS_PER_STREAM), 3 * apart if apart > 1 else 1),
     )
 
 

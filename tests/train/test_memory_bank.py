@@ -1,5 +1,6 @@
 """The memory bank in one process; test_sharded.py divides it over ranks."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def test_rows_are_divided_without_gap_and_evenly(num_instances: int, world_size:
     ranges = [owned_rows(num_instances, world_size, rank) for rank in range(world_size)]
     assert ranges[0].start == 0
     assert ranges[-1].stop == num_instances
-    assert all(one.stop == other.start for one, other in zip(ranges, ranges[1:], strict=False))
+    assert all(one.stop == other.start for one, other in pairwise(ranges))
     assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from avid_pipeline.train.memory_bank import MemoryBank
+
 WORKER = Path(__file__).with_name("sharded_worker.py")
 WORLD_SIZES = [2, 3, 4]
 
@@ -53,11 +55,12 @@ def test_equals_one_process(results: dict[str, Any], case: str, world_size: int)
     torch.testing.assert_close(sharded["memories"], single["memories"], rtol=0, atol=1e-5)
 
 
-def test_one_process_learns(results: dict[str, Any]) -> None:
-    # Otherwise the equalities above would compare runs in which nothing happens.
+def test_something_happens_in_these_runs(results: dict[str, Any]) -> None:
     run = results["drawn 1"]
-    assert sum(run["losses"][-5:]) < 0.95 * sum(run["losses"][:5])
-    assert run["gradients"].abs().max() > 1e-3
+    assert len(set(run["losses"])) == 20
+    assert (run["gradients"].abs().amax(dim=1) > 0.01).all()
+    changed = (run["memories"] - torch.stack(MemoryBank(61, 16, seed=7).full())).norm(dim=2)
+    assert (changed > 0.1).all(dim=0).sum() > 50
     assert set(run["terms"][0]) == {
         "video_to_audio",
         "audio_to_video",
