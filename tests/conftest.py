@@ -15,7 +15,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def make_video(
-    path: Path, *, seconds: float = 1.6, size: str = "66x50", fps: int = 25, tone: int | None = 440, picture: bool = True
+    path: Path,
+    *,
+    seconds: float = 1.6,
+    size: str = "66x50",
+    fps: int = 25,
+    tone: int | None = 440,
+    picture: bool = True,
 ) -> Path:
     """A small real video with ffmpeg's test picture and a sine tone (None: no sound)."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,7 +30,19 @@ def make_video(
         command += ["-f", "lavfi", "-i", f"testsrc2=size={size}:rate={fps}:duration={seconds}"]
     if tone is not None:
         command += ["-f", "lavfi", "-i", f"sine=frequency={tone}:sample_rate=44100:duration={seconds}"]
-    command += ["-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p", "-c:a", "aac", "-f", "mp4", f"file:{path}"]
+    command += [
+        "-c:v",
+        "libx264",
+        "-preset",
+        "ultrafast",
+        "-pix_fmt",
+        "yuv420p",
+        "-c:a",
+        "aac",
+        "-f",
+        "mp4",
+        f"file:{path}",
+    ]
     subprocess.run(command, check=True)
     return path
 

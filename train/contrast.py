@@ -22,7 +22,7 @@ __all__ = ["Contrast", "contrastive_loss", "estimate_partition_function"]
 class Contrast:
     """One direction of noise-contrastive estimation: queries of one modality against one memory.
 
-    The loss of a query with scores s = cosine / temperature and K negatives is (equation 3 of Morgado et al.)
+    The loss of a query with scores s = cosine / temperature and K negatives is (section 3 of Morgado et al., CVPR 2021)
 
         mean over positives of -log(e^s / (e^s + K*Z)) + sum over negatives of -log(K*Z / (e^s + K*Z))
 

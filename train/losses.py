@@ -116,7 +116,7 @@ class AVIDLoss:
         Args:
             video_emb: Video embeddings of any length, ``[B, D]``, in any floating type.
             audio_emb: Audio embeddings, ``[B, D]``.
-            index: Instances, int64 ``[B]``.
+            index: Instances, int64 ``[B]``, on any device; checking it on the CPU does not wait for the GPU.
             negatives: Instances to use as negatives instead of drawn ones, int64 ``[B, K]``. Unlike drawn ones, they
                 are sent to all ranks, and all ranks must give them or none.
 

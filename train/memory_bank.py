@@ -52,7 +52,7 @@ class OwnedCandidates:
 class MemoryBank:
     """Video and audio vectors of all instances; each rank holds one contiguous range of rows.
 
-    Section 3.1 of Morgado et al., CVPR 2021: a row is the exponential moving average of its instance's
+    Section 3 of Morgado et al., CVPR 2021: a row is the exponential moving average of its instance's
     normalised embeddings. Queries travel between ranks, rows never do: nothing here but :meth:`full` makes a
     tensor of N rows.
 

@@ -165,7 +165,14 @@ def test_late_sound_keeps_its_clock(tmp_path):
     folder = tmp_path / "tree" / "c"
     folder.mkdir(parents=True)
     command = [find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=black:size=64x48:rate=25:duration=2"]
-    command += ["-itsoffset", "0.4", "-f", "lavfi", "-i", "aevalsrc='if(between(t,0.6,0.7),sin(6000*t),0)':d=1.6:s=44100"]
+    command += [
+        "-itsoffset",
+        "0.4",
+        "-f",
+        "lavfi",
+        "-i",
+        "aevalsrc='if(between(t,0.6,0.7),sin(6000*t),0)':d=1.6:s=44100",
+    ]
     command += ["-vf", "drawbox=color=white:t=fill:enable='between(t,1.0,1.1)'", "-c:v", "libx264", "-c:a", "aac"]
     subprocess.run([*command, str(folder / "late.mp4")], check=True)
     assert run(tmp_path / "tree", tmp_path / "out").exit_code == 0

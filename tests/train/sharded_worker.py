@@ -63,8 +63,8 @@ def train(
     losses, terms, gradients = [], [], []
     for step in range(STEPS):
         video, audio, index, negatives = global_batch(step, num_instances, repeat=repeat)
-        embeddings = model(video[mine], audio[mine])
-        loss, parts = criterion(*embeddings, index[mine], negatives=negatives[mine] if forced else None)
+        video_emb, audio_emb = model(video[mine], audio[mine])
+        loss, parts = criterion(video_emb, audio_emb, index[mine], negatives=negatives[mine] if forced else None)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

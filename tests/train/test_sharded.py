@@ -14,6 +14,8 @@ from avid_pipeline.train.memory_bank import MemoryBank
 WORKER = Path(__file__).with_name("sharded_worker.py")
 WORLD_SIZES = [2, 3, 4]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
