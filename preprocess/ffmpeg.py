@@ -32,4 +32,4 @@ def find_ffmpeg() -> str:
             f"no ffmpeg program: none on PATH, and {packaged!r} (from imageio-ffmpeg or IMAGEIO_FFMPEG_EXE) "
             "is not an executable file; correct or unset IMAGEIO_FFMPEG_EXE, or install ffmpeg"
         )
-    return packaged
+    return str(packaged)

@@ -13,6 +13,7 @@ import io
 import json
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 import zarr
@@ -183,15 +184,22 @@ def restore_bank(root: Storage, name: str, bank: MemoryBank) -> None:
         raise CheckpointError(f"{where}: is no memory bank snapshot: {error}") from error
     rows = []
     for modality in MODALITIES:
-        array = group[modality]
+        array = _array(group, modality)
         if array.shape != (bank.num_instances, bank.dim):
             expected = [bank.num_instances, bank.dim]
             raise CheckpointError(f"{where}/{modality}: expected shape {expected}, found {list(array.shape)}")
-        rows.append(torch.from_numpy(array[bank.rows.start : bank.rows.stop]))
+        rows.append(torch.from_numpy(np.asarray(array[bank.rows.start : bank.rows.stop])))
     bank.load_local(*rows)
 
 
-def _bank_store(root: Storage, name: str) -> ObjectStore:
+def _array(group: zarr.Group, modality: str) -> zarr.Array[Any]:
+    array = group[modality]
+    if not isinstance(array, zarr.Array):
+        raise CheckpointError(f"memory bank snapshot: {modality} is a group, expected an array")
+    return array
+
+
+def _bank_store(root: Storage, name: str) -> ObjectStore[Any]:
     return ObjectStore(open_storage(root.url_of(f"{name}/{BANK_NAME}"), create=True).store)
 
 
@@ -209,7 +217,7 @@ def _bank_arrays(root: Storage, name: str, bank: MemoryBank) -> None:
 def _write_bank(root: Storage, name: str, bank: MemoryBank) -> None:
     group = zarr.open_group(_bank_store(root, name), mode="r+")
     for modality, rows in zip(MODALITIES, bank.local(), strict=True):
-        group[modality][bank.rows.start : bank.rows.stop] = rows.float().cpu().numpy()
+        _array(group, modality)[bank.rows.start : bank.rows.stop] = rows.float().cpu().numpy()
 
 
 def _torch_bytes(state: dict[str, Any]) -> bytes:

@@ -7,7 +7,6 @@ from pydantic import Field, model_validator
 from avid_pipeline.clips.settings import AugmentationSettings, ClipSettings
 from avid_pipeline.config import Settings
 
-
 _DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 # What may differ when a run is resumed, for a resumed run must equal an undisturbed one.

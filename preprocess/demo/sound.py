@@ -71,7 +71,7 @@ def _tone(
     if causes.motion == "bouncing":
         click = np.exp(-(cycles % 1.0) * (times[1] / max(cycles[1] - cycles[0], 1e-9)) / 0.008)
         sounding += 0.25 * loudness * click * generator.standard_normal(len(times))
-    return sounding
+    return np.asarray(sounding, dtype=np.float64)
 
 
 def _envelope(causes: HiddenCauses, cycles: NDArray[np.float64]) -> NDArray[np.float64]:
