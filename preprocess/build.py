@@ -2,7 +2,8 @@
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from avid_pipeline.preprocess.convert import convert
 from avid_pipeline.preprocess.quarantine import QuarantineEntry, SourceRejectedError
 from avid_pipeline.preprocess.sources.base import Source
+from avid_pipeline.shards_spec.errors import StorageError
 from avid_pipeline.shards_spec.manifest import Parameters, Record, SpectrogramStatistics
 from avid_pipeline.shards_spec.reader import read_spectrogram
 from avid_pipeline.shards_spec.shard_file import ShardWriter
@@ -19,6 +21,7 @@ from avid_pipeline.shards_spec.spectrogram import NUM_FREQUENCIES
 from avid_pipeline.shards_spec.storage import Storage, open_storage
 
 PROGRESS_FOLDER = "_progress"
+BUILDING_PREFIX = ".building-"
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ def report_name(number: int) -> str:
     return f"{PROGRESS_FOLDER}/shard-{number:06d}.json"
 
 
+def _index_name(name: str) -> str:
+    return name.removesuffix(".tar") + ".index.npz"
+
+
 def read_report(storage: Storage, number: int) -> ShardReport | None:
     """The report of a finished shard; None where it has to be built (again)."""
     if not storage.exists(report_name(number)):
@@ -85,7 +92,7 @@ def read_report(storage: Storage, number: int) -> ShardReport | None:
         report = ShardReport.model_validate_json(storage.read(report_name(number)))
     except ValidationError:
         return None
-    if report.samples and storage.size(report.name) != report.bytes:
+    if report.samples and (storage.size(report.name) != report.bytes or not storage.exists(_index_name(report.name))):
         return None
     return report
 
@@ -103,9 +110,8 @@ def build_shard(task: ShardTask, on_source: Callable[[], object] | None = None) 
     storage = open_storage(task.root)
     frames, total, squares = 0, np.zeros(NUM_FREQUENCIES), np.zeros(NUM_FREQUENCIES)
     quarantined: list[QuarantineEntry] = []
-    # On the root's own disk, where it has one, finishing a shard is a rename.
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=storage.local_root) as folder:
-        path = Path(folder) / task.name
+    with _building_folder(storage) as folder:
+        path = folder / task.name
         with ShardWriter(path) as writer:
             for source, key, labels in task.sources:
                 try:
@@ -123,7 +129,7 @@ def build_shard(task: ShardTask, on_source: Callable[[], object] | None = None) 
                     on_source()
             shard = writer.finish()
         if shard.samples:
-            storage.write(task.name.removesuffix(".tar") + ".index.npz", shard.index.to_bytes())
+            storage.write(_index_name(task.name), shard.index.to_bytes())
             storage.upload(path, task.name)
     report = ShardReport(
         number=task.number,
@@ -136,6 +142,19 @@ def build_shard(task: ShardTask, on_source: Callable[[], object] | None = None) 
     )
     storage.write(report_name(task.number), json.dumps(report.model_dump(mode="json")).encode())
     return report
+
+
+@contextmanager
+def _building_folder(storage: Storage) -> Iterator[Path]:
+    """A temporary folder, on the root's own disk where it has one, so that finishing a shard is a rename."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=BUILDING_PREFIX, dir=storage.local_root) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise StorageError(
+            f"{storage.local_root or tempfile.gettempdir()}: cannot write: {error.strerror}; make room or permit it, "
+            "and run the command again (finished shards are kept)"
+        ) from error
 
 
 def combine_sums(reports: list[ShardReport]) -> SpectrogramStatistics | None:

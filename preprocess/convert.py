@@ -118,5 +118,8 @@ def _npy(array: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]") -> bytes:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SourceRejectedError("unreadable", f"the file cannot be read to its end: {error.strerror}") from error

@@ -1,6 +1,8 @@
 """A whole conversion: plan the shards, have them built, write the manifest last."""
 
 import json
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from avid_pipeline.preprocess.build import (
+    BUILDING_PREFIX,
     PROGRESS_FOLDER,
     ShardReport,
     ShardTask,
@@ -55,7 +58,7 @@ def plan_tasks(listing: SourceList, parameters: Parameters, root: str) -> list[S
     that the plan depends on names and parameters alone.
     """
     ordered = sorted(listing.sources, key=lambda source: source.name)
-    keys = assign_keys([_without_ending(source) for source in ordered])
+    keys = assign_keys(_names_for_keys(ordered))
     positions = {name: position for position, name in enumerate(listing.classes)}
     items = [
         (source, key, tuple(positions[label] for label in source.labels))
@@ -151,11 +154,22 @@ def _conclude(storage: Storage, listing: SourceList, parameters: Parameters, rep
         quarantined=len(quarantined),
     )
     storage.write(MANIFEST_NAME, manifest.to_json())
+    _remove_leftovers(storage)
     return JobResult(manifest, quarantined)
 
 
+def _names_for_keys(sources: list[Source]) -> list[str]:
+    """The names that keys are made from: without ending, except where two would be equal then."""
+    shortened = [_without_ending(source) for source in sources]
+    wanted = Counter(shortened)
+    whole = {source.name for source in sources}
+    return [
+        short if wanted[short] == 1 and short not in whole else source.name
+        for source, short in zip(sources, shortened, strict=True)
+    ]
+
+
 def _without_ending(source: Source) -> str:
-    """The name a key is made from; two files that differ only in their ending keep it, to stay apart."""
     folder, slash, file = source.name.rpartition("/")
     return folder + slash + (source.id if file.startswith(source.id) and source.id else file)
 
@@ -173,7 +187,7 @@ def _describe(listing: SourceList, parameters: Parameters) -> dict[str, Any]:
 def _claim(storage: Storage, job: dict[str, Any], overwrite: bool) -> None:
     """Make the root this job's: go on with the same job, refuse another, or remove it when told to."""
     if storage.exists(_JOB_NAME):
-        found = json.loads(storage.read(_JOB_NAME))
+        found = _parse_job(storage.read(_JOB_NAME))
         if found == job and not overwrite:
             return
         if not overwrite:
@@ -186,6 +200,13 @@ def _claim(storage: Storage, job: dict[str, Any], overwrite: bool) -> None:
     elif storage.exists(MANIFEST_NAME):
         raise PreprocessError(f"{storage.url}: holds a finished data set from elsewhere; give another folder")
     storage.write(_JOB_NAME, json.dumps(job, indent=1, ensure_ascii=False).encode())
+
+
+def _parse_job(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return "unreadable"
 
 
 def _differences(found: Any, wanted: Any, field: str = "") -> Iterator[str]:
@@ -201,8 +222,16 @@ def _remove(storage: Storage) -> None:
     storage.delete(MANIFEST_NAME)
     storage.delete(QUARANTINE_NAME)
     for name in list(storage.names()):
-        if name.startswith(("shard-", f"{PROGRESS_FOLDER}/")) or "/shard-" in name:
+        if name.startswith(("shard-", f"{PROGRESS_FOLDER}/")):
             storage.delete(name)
+    _remove_leftovers(storage)
+
+
+def _remove_leftovers(storage: Storage) -> None:
+    """Remove the unfinished shards of workers that were killed."""
+    if storage.local_root is not None:
+        for folder in storage.local_root.glob(f"{BUILDING_PREFIX}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 __all__ = ["Executor", "JobResult", "plan_tasks", "report_name", "run_job"]

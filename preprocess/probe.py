@@ -9,9 +9,13 @@ from av.stream import Disposition
 
 from avid_pipeline.preprocess.quarantine import SourceRejectedError
 
-# Only plain files are opened: a playlist that poses as a video must not reach other files or the network.
-INPUT_OPTIONS = {"protocol_whitelist": "file"}
-_PLAYLIST_FORMATS = {"hls", "concat", "dash", "imf", "ffmetadata", "sdp", "lavfi"}
+# Only these containers are opened: a playlist that poses as a video must not reach other files or the network, and
+# a text must not pass for a video (FFmpeg can render some).
+_CONTAINERS = (
+    "mov", "matroska", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "asf", "ogg", "rm", "mxf", "nut", "wav", "mp3",
+    "flac", "aac",
+)  # fmt: skip
+INPUT_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": ",".join(_CONTAINERS)}
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,16 @@ def probe(path: Path) -> Probe:
     try:
         if path.stat().st_size == 0:
             raise SourceRejectedError("empty_file", "the file has 0 bytes")
-        with av.open(str(path.absolute()), mode="r", options=dict(INPUT_OPTIONS)) as container:
-            if _PLAYLIST_FORMATS & set(container.format.name.split(",")):
-                raise SourceRejectedError("unreadable", f"a {container.format.name} playlist is no video file")
+        options = dict(INPUT_OPTIONS)
+        with av.open(str(path.absolute()), mode="r", options=options, metadata_errors="replace") as container:
             return Probe(_video(container), _audio(container))
     except FileNotFoundError as error:
         raise SourceRejectedError("source_not_found", "the file does not exist (any more)") from error
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except av.ArgumentError as error:
+        raise SourceRejectedError("unreadable", "no video container; expected mp4, mkv, webm, avi or alike") from error
+    except OSError as error:
+        raise SourceRejectedError("unreadable", f"no media file that FFmpeg can open: {error.strerror}") from error
+    except (av.FFmpegError, ValueError) as error:
         raise SourceRejectedError("unreadable", f"no media file that FFmpeg can open: {error}") from error
 
 

@@ -1,14 +1,19 @@
 """One ffmpeg process per source: the picture becomes a short-GOP file, the sound a stream of samples."""
 
+import errno
+import os
+import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 import ffmpeg
 import numpy as np
 
+from avid_pipeline.preprocess.errors import PreprocessError
 from avid_pipeline.preprocess.ffmpeg import find_ffmpeg
 from avid_pipeline.preprocess.probe import INPUT_OPTIONS, AudioStream, VideoStream
 from avid_pipeline.preprocess.quarantine import SourceRejectedError
@@ -47,19 +52,27 @@ def transcode(
 
     Raises:
         SourceRejectedError: ffmpeg failed; the detail has its last words.
+        PreprocessError: ffmpeg failed for a reason that lies not in the source (killed, or the disk is full).
     """
     command = _command(source, video, audio, video_parameters, audio_parameters, video_out)
     with tempfile.TemporaryFile() as messages:
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=messages) as process:
+        # In a group of its own: Ctrl-C, which reaches the whole group of the terminal, must not make ffmpeg stop
+        # early, or a sound source would be quarantined.
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=messages, process_group=0
+        ) as process:
             try:
                 assert process.stdout is not None
                 while block := process.stdout.read(_SAMPLES_PER_READ * 4):
-                    yield np.frombuffer(block, dtype="<f4", count=len(block) // 4)
+                    samples = np.frombuffer(block, dtype="<f4", count=len(block) // 4)
+                    if not np.isfinite(samples).all():
+                        raise SourceRejectedError("decode_error", "the sound has values that are no finite numbers")
+                    yield samples
             except BaseException:
                 process.kill()
                 raise
         if process.returncode != 0:
-            raise SourceRejectedError("decode_error", f"ffmpeg exit code {process.returncode}: {_last_words(messages)}")
+            _refuse(process.returncode, _last_words(messages))
 
 
 def _command(
@@ -127,8 +140,16 @@ def _encoder_options(parameters: VideoParameters) -> dict[str, str | int]:
     return {"vcodec": "mjpeg", "q:v": quality, "pix_fmt": "yuvj420p", "flags": "+bitexact"}
 
 
+def _refuse(code: int, last_words: str) -> NoReturn:
+    if code == -signal.SIGKILL or os.strerror(errno.ENOSPC) in last_words:
+        reason = "was killed (out of memory?)" if code < 0 else f"cannot write to {tempfile.gettempdir()}: disk full"
+        raise PreprocessError(f"ffmpeg {reason}; make room and run the command again, finished shards are kept")
+    raise SourceRejectedError("decode_error", f"ffmpeg exit code {code}: {last_words}")
+
+
 def _last_words(messages: IO[bytes]) -> str:
     size = messages.seek(0, 2)
     messages.seek(max(0, size - _LAST_WORDS))
     text = messages.read().decode("utf-8", "replace")
-    return " ".join(text.split())
+    # Without memory addresses the same source always gives the same line in the quarantine.
+    return " ".join(re.sub(r" @ 0x[0-9a-f]+", "", text).split())

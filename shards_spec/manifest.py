@@ -208,8 +208,9 @@ def read_manifest(storage: Storage) -> Manifest:
     """Read and check ``manifest.json`` below a root.
 
     Raises:
-        StorageError: there is none.
-        ManifestError: it is not JSON, of another version, or inconsistent; the message names the field.
+        StorageError: the root cannot be read.
+        ManifestError: there is none, or it is not JSON, of another version, or inconsistent; the message names the
+            field.
     """
     if not storage.exists(MANIFEST_NAME):
         raise ManifestError(

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from avid_pipeline.shards_spec.errors import SampleError
+from avid_pipeline.shards_spec.errors import SampleError, StorageError
 from avid_pipeline.shards_spec.reader import ShardReader, read_spectrogram
 from avid_pipeline.shards_spec.sample import Sample
 from avid_pipeline.shards_spec.video import decode_frames
@@ -16,6 +16,7 @@ from avid_pipeline.shards_spec.video import decode_frames
 _COLUMNS = 4
 _FRAMES = 4
 _SHOWN_RANGE_DB = 80
+_FORMATS = ("png", "jpg", "jpeg", "pdf", "svg", "webp")
 
 
 def preview(reader: ShardReader, out: Path, count: int = 12) -> list[int]:
@@ -31,9 +32,13 @@ def preview(reader: ShardReader, out: Path, count: int = 12) -> list[int]:
 
     Raises:
         SampleError: the data set is empty, or a sample cannot be decoded.
+        StorageError: the picture cannot be written there or in that format.
     """
     if len(reader) == 0:
         raise SampleError(f"{reader.storage.url}: the data set has no samples, so there is nothing to show")
+    picture_format = out.suffix.removeprefix(".").lower() or "png"
+    if picture_format not in _FORMATS:
+        raise StorageError(f"{out}: expected an ending of {', '.join(_FORMATS)}, found {out.suffix}")
     spread = np.linspace(0, len(reader) - 1, min(count, len(reader)))
     shown = sorted({int(index) for index in spread.round()})
     columns = min(_COLUMNS, len(shown))
@@ -54,8 +59,11 @@ def preview(reader: ShardReader, out: Path, count: int = 12) -> list[int]:
         else:
             below.axis("off")
     partial = out.with_name(out.name + ".partial")
-    figure.savefig(partial, format=out.suffix.removeprefix(".") or "png")
-    partial.replace(out)
+    try:
+        figure.savefig(partial, format=picture_format)
+        partial.replace(out)
+    except OSError as error:
+        raise StorageError(f"{out}: cannot write the picture: {error.strerror}; give another place") from error
     return shown
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 
@@ -120,7 +121,7 @@ def stored_spectrogram(data: bytes, where: str) -> npt.NDArray[np.generic]:
     """
     try:
         codes = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, SyntaxError, tokenize.TokenError) as error:
         raise SampleError(f"{where}: spectrogram is no .npy array: {error}") from error
     if codes.ndim != 2 or codes.shape[1] != NUM_FREQUENCIES or codes.dtype not in (np.uint8, np.float16):
         raise SampleError(

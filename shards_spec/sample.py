@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -138,7 +139,7 @@ def assign_keys(names: Sequence[str]) -> list[str]:
 
     A key is the last part of the name where that is a valid key and no other source (not even one that differs
     only in case) wants it; otherwise invalid characters become ``_`` and ``-`` plus eight hexadecimal digits of
-    the whole name's SHA-256 are appended.
+    the whole name's SHA-256 are appended (all 64 digits where two keys would be equal even so).
 
     Raises:
         SampleError: two names are equal.
@@ -147,16 +148,19 @@ def assign_keys(names: Sequence[str]) -> list[str]:
         repeated = next(name for name in names if names.count(name) > 1)
         raise SampleError(f"{repeated}: is listed twice; list every source once")
     plain = [name.rsplit("/", 1)[-1] for name in names]
-    wanted: dict[str, int] = {}
-    for stem in plain:
-        wanted[stem.casefold()] = wanted.get(stem.casefold(), 0) + 1
-    return [
-        stem if is_valid_key(stem) and wanted[stem.casefold()] == 1 else _distinct_key(stem, name)
+    wanted = Counter(stem.casefold() for stem in plain)
+    keys = [
+        stem if is_valid_key(stem) and wanted[stem.casefold()] == 1 else _distinct_key(stem, name, 8)
         for stem, name in zip(plain, names, strict=True)
+    ]
+    taken = Counter(key.casefold() for key in keys)
+    return [
+        key if taken[key.casefold()] == 1 else _distinct_key(stem, name, 64)
+        for key, stem, name in zip(keys, plain, names, strict=True)
     ]
 
 
-def _distinct_key(stem: str, name: str) -> str:
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    cleaned = re.sub(r"[^A-Za-z0-9_-]", "_", stem)[: MAX_KEY_LENGTH - 10]
+def _distinct_key(stem: str, name: str, digits: int) -> str:
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:digits]
+    cleaned = re.sub(r"[^A-Za-z0-9_-]", "_", stem)[: MAX_KEY_LENGTH - digits - 2]
     return f"{'_' if cleaned[:1] in ('', '-') else ''}{cleaned}-{digest}"

@@ -19,6 +19,9 @@ from avid_pipeline.shards_spec.storage import Storage
 
 _TEMPORARY_SUFFIX = ".partial"
 
+# What numpy and zipfile raise on damaged bytes; RuntimeError and NotImplementedError come of damaged zip flags.
+_DAMAGED_ZIP = (ValueError, KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
 
 @dataclass(frozen=True)
 class ShardIndex:
@@ -96,11 +99,14 @@ def parse_index(data: bytes, where: str) -> ShardIndex:
         ShardError: it is no index, or its arrays do not fit each other.
     """
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        arrays = np.load(io.BytesIO(data), allow_pickle=False)
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise ShardError(f"{where}: is no shard index (one array); build or copy the shard again")
+        with arrays:
             index = ShardIndex(
                 tuple(str(key) for key in arrays["keys"]), arrays["offsets"], arrays["sizes"], arrays["crc32"]
             )
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGED_ZIP as error:
         raise ShardError(f"{where}: is no shard index ({error}); build or copy the shard again") from error
     expected = (len(index.keys), len(MEMBERS))
     for name in ("offsets", "sizes", "crc32"):

@@ -154,7 +154,7 @@ def open_storage(
         options: settings of the object store as obstore names them, for example ``{"aws_endpoint": "…"}``.
 
     Raises:
-        StorageError: the local root is missing or not a folder, or the URL is of no known kind.
+        StorageError: the local root is missing, not a folder or cannot be made, or the URL is of no known kind.
     """
     text = os.fspath(url)
     if "://" in text and not text.startswith("file://"):
@@ -173,8 +173,11 @@ def open_storage(
             ) from error
         return Storage(text, store, None)
     root = Path(text.removeprefix("file://")).expanduser().absolute()
-    if create:
-        root.mkdir(parents=True, exist_ok=True)
+    if create and not root.exists():
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{root}: cannot make this folder: {error.strerror}; give another folder") from error
     if not root.is_dir():
         problem = "is a file, not a folder" if root.exists() else "does not exist"
         raise StorageError(f"{root}: {problem}; give the folder that holds the data set")

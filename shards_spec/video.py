@@ -1,11 +1,13 @@
 """Decoding frames of a stored video on the CPU (PyAV)."""
 
 import io
+from collections.abc import Iterator
 from fractions import Fraction
 
 import av
 import numpy as np
 import numpy.typing as npt
+from av.container import InputContainer
 
 from avid_pipeline.shards_spec.errors import DecodeError
 
@@ -43,11 +45,7 @@ def decode_frames(data: bytes, first: int, count: int, fps: float, where: str) -
             stream.codec_context.thread_count = 1
             tick = stream.time_base or Fraction(1, 1000)
             origin = stream.start_time or 0
-            if first > 0:
-                container.seek(origin + int(first / rate / tick), stream=stream, backward=True)
-            for frame in container.decode(stream):
-                if frame.pts is None:
-                    continue
+            for frame in _frames_from(container, stream, origin, origin + int(first / rate / tick)):
                 instant = (frame.pts - origin) * tick
                 while len(frames) < count and (first + len(frames)) / rate < instant - _CLOCK_TOLERANCE:
                     frames.append(_rgb(shown or frame))
@@ -56,11 +54,35 @@ def decode_frames(data: bytes, first: int, count: int, fps: float, where: str) -
                 if len(frames) == count:
                     break
                 shown = frame
+            # The last frame stays until its duration is over, which a finer frame grid sees more than once.
+            if shown is not None and shown.pts is not None:
+                end = (shown.pts + (shown.duration or 0) - origin) * tick
+                while len(frames) < count and (first + len(frames)) / rate < end - _CLOCK_TOLERANCE:
+                    frames.append(_rgb(shown))
     except av.FFmpegError as error:
         raise DecodeError(f"{where}: video cannot be decoded: {error}") from error
     if not frames:
         raise DecodeError(f"{where}: expected frames from number {first} on, found none")
     return np.stack(frames)
+
+
+def _frames_from(
+    container: InputContainer, stream: av.VideoStream, origin: int, target: int
+) -> Iterator[av.VideoFrame]:
+    """Frames with their times, beginning with one shown at ``target`` ticks or before."""
+    back = 0
+    while True:
+        if target > origin:
+            container.seek(max(origin, target - back), stream=stream, backward=True)
+        frames = (frame for frame in container.decode(stream) if frame.pts is not None)
+        head = next(frames, None)
+        if head is None or head.pts is None or head.pts <= target or target - back <= origin:
+            break
+        # With reordered frames, a key frame's decoding time can lie before the target and its picture after it.
+        back = 2 * back + head.pts - target
+    if head is not None:
+        yield head
+        yield from frames
 
 
 def _rgb(frame: av.VideoFrame) -> npt.NDArray[np.uint8]:

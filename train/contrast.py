@@ -49,7 +49,6 @@ class _Job:
 
     bank: MemoryBank
     owned: OwnedCandidates
-    num_columns: int
     contrasts: Sequence[Contrast]
     temperature: float
     partition_function: float
@@ -59,12 +58,11 @@ def contrastive_loss(
     bank: MemoryBank,
     local_queries: Tensor,
     queries: Tensor,
-    candidates: Tensor,
+    owned: OwnedCandidates,
     contrasts: Sequence[Contrast],
     *,
     temperature: float,
     partition_function: float,
-    owned: OwnedCandidates | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes the weighted sum of contrasts over the global batch.
 
@@ -80,18 +78,16 @@ def contrastive_loss(
         bank: The memory bank.
         local_queries: This rank's unit vectors, ``[B, 2, D]``, video then audio; gradients go to these.
         queries: All ranks' unit vectors in rank order, ``[W*B, 2, D]``, without gradient.
-        candidates: Instances that each query is scored against, int64 ``[W*B, R]``, the same on all ranks.
-        contrasts: The terms; their ranges point into the R columns of ``candidates``.
+        owned: ``bank.find_owned(candidates)``, of the instances that each query is scored against.
+        contrasts: The terms; their ranges point into the columns of ``candidates``.
         temperature: Divides the cosines.
         partition_function: Z, the mean of exp(score) over noise.
-        owned: ``bank.find_owned(candidates)`` where the caller has it already.
 
     Returns:
         The loss, a scalar, and every contrast's own loss before weighting, float64 ``[len(contrasts)]`` without
         gradient; the same on all ranks.
     """
-    owned = bank.find_owned(candidates) if owned is None else owned
-    job = _Job(bank, owned, candidates.shape[1], contrasts, temperature, partition_function)
+    job = _Job(bank, owned, contrasts, temperature, partition_function)
     loss, terms = _ContrastiveLoss.apply(local_queries, queries, job)  # type: ignore[no-untyped-call]
     return loss, terms
 
@@ -105,7 +101,7 @@ def estimate_partition_function(
     Args:
         bank: The memory bank.
         queries: All ranks' unit vectors, ``[W*B, 2, D]``.
-        owned: The candidates that this rank owns.
+        owned: ``bank.find_owned(candidates)``, as for :func:`contrastive_loss`.
         contrast: Its query, memory and negatives are used.
         temperature: Divides the cosines.
 
@@ -173,10 +169,10 @@ def _accumulate_memory(job: _Job, memory: Modality, queries: Tensor, totals: Ten
     # Both modalities' queries share one gathered block where both are scored against this memory.
     modalities = [modality for modality in MODALITIES if any(c.query == modality for _, c in active)]
     places = slice(MODALITIES.index(modalities[0]), MODALITIES.index(modalities[-1]) + 1)
-    tables = [_column_table(contrast, job.num_columns, queries) for _, contrast in active]
+    tables = [_column_table(contrast, job.owned.num_columns, queries) for _, contrast in active]
     scaled_queries = queries[:, places] / job.temperature
     for chunk, block, columns in job.bank.blocks(memory, job.owned):
-        block = block.to(queries.dtype)
+        block = block.to(queries.dtype)  # Queries are float64 where gradients are compared with finite differences.
         scores = _score(scaled_queries[chunk], block)
         slopes = torch.zeros_like(scores)
         for (term, contrast), table in zip(active, tables, strict=True):

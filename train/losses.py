@@ -78,7 +78,7 @@ class AVIDLoss:
     def partition_function(self, value: float | None) -> None:
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"AVID loss: partition_function must be a positive number or None, not {value}")
-        self._partition_function = value
+        self._partition_function = None if value is None else float(value)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides the memory bank: ``step`` and ``partition_function``."""
@@ -97,9 +97,12 @@ class AVIDLoss:
         step, partition_function = state["step"], state["partition_function"]
         if not isinstance(step, int) or step < 0:
             raise CheckpointError(f"state of the AVID loss: step must be an integer >= 0, not {step!r}")
-        if partition_function is not None and not isinstance(partition_function, float):
+        if partition_function is not None and not (
+            isinstance(partition_function, float) and 0 < partition_function < math.inf
+        ):
             raise CheckpointError(
-                f"state of the AVID loss: partition_function must be a float or None, not {partition_function!r}"
+                "state of the AVID loss: partition_function must be a positive float or None, not "
+                f"{partition_function!r}"
             )
         self.partition_function = partition_function
         self.step = step
@@ -146,11 +149,10 @@ class AVIDLoss:
                 self.bank,
                 local_queries,
                 queries,
-                candidates,
+                owned,
                 contrasts,
                 temperature=self.temperature,
                 partition_function=self._partition_function,
-                owned=owned,
             )
             self.bank.update(index, queries)
         self.step += 1

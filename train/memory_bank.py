@@ -43,10 +43,12 @@ class OwnedCandidates:
         rows: Local row numbers, int64 ``[Q, C]``; where a query has fewer than C, the rest is row 0.
         columns: Column of the candidate table that each came from, int64 ``[Q, C]``, or the number of its
             columns where there is none. None if this rank owns every candidate, so that ``rows`` is the table.
+        num_columns: R, columns of the candidate table.
     """
 
     rows: Tensor
     columns: Tensor | None
+    num_columns: int
 
 
 class MemoryBank:
@@ -105,11 +107,6 @@ class MemoryBank:
         }
 
     @property
-    def first_row(self) -> int:
-        """Instance of this rank's first row."""
-        return self.rows.start
-
-    @property
     def device(self) -> torch.device:
         """Where rows are stored."""
         return self._shards["video"].device
@@ -158,6 +155,7 @@ class MemoryBank:
         """
         self._load(video, audio, self.rows, f"rank {self.group.rank}")
 
+    @torch.no_grad()
     def _load(
         self,
         video: Tensor | NDArray[np.floating],
@@ -187,7 +185,7 @@ class MemoryBank:
             They, packed to the left; ``C`` is the most that any query has here.
         """
         if self.group.size == 1:
-            return OwnedCandidates(candidates, None)
+            return OwnedCandidates(candidates, None, candidates.shape[1])
         owned = (candidates >= self.rows.start) & (candidates < self.rows.stop)
         queries, columns = owned.nonzero(as_tuple=True)
         counts = owned.sum(dim=1)
@@ -198,7 +196,7 @@ class MemoryBank:
         packed_columns = candidates.new_full(shape, candidates.shape[1])
         packed_rows[queries, places] = candidates[queries, columns] - self.rows.start
         packed_columns[queries, places] = columns
-        return OwnedCandidates(packed_rows, packed_columns)
+        return OwnedCandidates(packed_rows, packed_columns, candidates.shape[1])
 
     def blocks(self, modality: Modality, owned: OwnedCandidates) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Reads owned candidates' vectors a few queries at a time, so that a block is still in cache when used.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import string
 import subprocess
 import tempfile
@@ -60,17 +61,19 @@ def write_demo(
         show_progress: draw a progress bar.
 
     Raises:
-        PreprocessError: the folder holds a demo made with other parameters, or ffmpeg failed.
+        PreprocessError: a number is out of range, the folder holds something else (such as a demo made with other
+            parameters), there is no ffmpeg, or it failed.
     """
-    _claim(out, {"version": _VERSION, "instances": instances, "seed": seed, "val_fraction": val_fraction})
+    find_ffmpeg()
     names = demo_names(instances, seed, val_fraction)
+    _claim(out, {"version": _VERSION, "instances": instances, "seed": seed, "val_fraction": val_fraction})
     waiting = [(number, name) for number, name in enumerate(names) if not (out / name).exists()]
     for _, name in waiting:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
     processes = workers or len(os.sched_getaffinity(0))
     with (
         tqdm(total=instances, initial=instances - len(waiting), unit="video", disable=not show_progress) as bar,
-        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(processes, get_context("spawn"), initializer=_leave_interrupts_to_parent) as pool,
     ):
         futures = [pool.submit(_write_video, out / name, seed, number) for number, name in waiting]
         try:
@@ -85,8 +88,19 @@ def write_demo(
 
 
 def demo_names(instances: int, seed: int, val_fraction: float = 1 / 3) -> list[str]:
-    """Relative file names of all videos: ``train/bouncing_circle/<11 characters>_000000_000003.mp4``."""
+    """Relative file names of all videos: ``train/bouncing_circle/<11 characters>_000000_000003.mp4``.
+
+    Raises:
+        PreprocessError: the seed is negative, or the numbers leave train or val without a video.
+    """
+    if seed < 0:
+        raise PreprocessError(f"demo: seed is {seed}; give 0 or more")
     num_val = max(1, round(instances * val_fraction))
+    if not 0 < val_fraction < 1 or num_val >= instances:
+        raise PreprocessError(
+            f"demo: {instances} instances with a val_fraction of {val_fraction} leave train or val without a video; "
+            "give at least 2 instances and a fraction between 0 and 1"
+        )
     names = []
     for number in range(instances):
         letters = keyed_generator(seed, number, "name").integers(0, len(_ID_LETTERS), 11)
@@ -99,17 +113,26 @@ def demo_names(instances: int, seed: int, val_fraction: float = 1 / 3) -> list[s
 def _claim(out: Path, parameters: dict[str, float]) -> None:
     """Note what the folder is for, or check that it is for the same."""
     marker = out / _MARKER
+    remedy = "give another folder or remove this one"
     if marker.exists():
-        found = json.loads(marker.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(marker.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise PreprocessError(f"{marker}: not JSON ({error}); {remedy}") from error
         if found != parameters:
-            raise PreprocessError(
-                f"{out}: holds a demo made with {found}, not {parameters}; give another folder or remove this one"
-            )
+            raise PreprocessError(f"{out}: holds a demo made with {found}, not {parameters}; {remedy}")
         return
+    partial = marker.with_name(f"{_MARKER}.partial")
+    if out.exists() and (not out.is_dir() or any(path != partial for path in out.iterdir())):
+        raise PreprocessError(f"{out}: exists and is not an empty folder or a demo (there is no {_MARKER}); {remedy}")
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / f"{_MARKER}.partial"
     partial.write_text(json.dumps(parameters) + "\n", encoding="utf-8")
     partial.replace(marker)
+
+
+def _leave_interrupts_to_parent() -> None:
+    """Ctrl-C reaches every process of a terminal; only the parent answers, by letting running videos finish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _write_video(path: Path, seed: int, number: int) -> None:

@@ -2,10 +2,11 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from queue import Empty
 from typing import Any
 
@@ -64,6 +65,7 @@ def _start_worker(queue: Any) -> None:
     # Ctrl-C reaches the whole process group; only the parent answers, and then stops its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _raise_exit)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     global _worker_queue
     _worker_queue = queue
 
@@ -72,8 +74,20 @@ def _raise_exit(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
+def _end_with_parent() -> None:
+    # The pool's own workers would wait for ever for the next task of a parent that was killed.
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _build(task: ShardTask) -> ShardReport:
-    return build_shard(task, on_source=lambda: _worker_queue.put(None))
+    try:
+        return build_shard(task, on_source=lambda: _worker_queue.put(None))
+    except SystemExit as stop:
+        # The pool's worker loop would take this for a failed task and begin its next one.
+        os._exit(stop.code if isinstance(stop.code, int) else 1)
 
 
 def _drain(queue: Any, on_source: Callable[[], object]) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from avid_pipeline.preprocess.errors import PreprocessError
-from avid_pipeline.preprocess.sources.base import Source, SourceList, files_below
+from avid_pipeline.preprocess.sources.base import Source, SourceList, files_below, printable
 
 _SPLIT_FOLDERS = {"train", "val", "validate", "validation", "test"}
 
@@ -21,7 +21,8 @@ def list_kinetics(root: Path, split: str = "train") -> SourceList:
     Raises:
         PreprocessError: the folder does not exist, is empty, or holds splits instead of classes.
     """
-    names = sorted(files_below(root))
+    paths = {printable(name): root / name for name in files_below(root)}
+    names = sorted(paths)
     folders = {name.split("/", 1)[0] for name in names if "/" in name}
     if folders and folders <= _SPLIT_FOLDERS:
         example = root / sorted(folders)[0]
@@ -31,7 +32,7 @@ def list_kinetics(root: Path, split: str = "train") -> SourceList:
     sources = tuple(
         Source(
             name=name,
-            path=root / name,
+            path=paths[name],
             id=Path(name).stem,
             labels=(name.split("/", 1)[0],) if "/" in name else (),
             has_place="/" in name,

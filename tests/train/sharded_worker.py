@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from test_contrast import LargestTensor  # beside this script
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,6 +21,7 @@ from avid_pipeline.train.memory_bank import MemoryBank
 DIM = 16
 BATCH = 12
 STEPS = 20
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TwoHeads(nn.Module):
@@ -53,15 +55,22 @@ def train(
     forced: bool = False,
     repeat: bool = False,
     strided: bool = False,
+    dtype: torch.dtype = torch.float32,
+    start: dict[str, Any] | None = None,
+    stop: int = STEPS,
 ) -> dict[str, Any]:
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     model = DistributedDataParallel(TwoHeads(), process_group=group)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    bank = MemoryBank(num_instances, DIM, seed=7, process_group=group)
+    bank = MemoryBank(num_instances, DIM, seed=7, dtype=dtype, process_group=group)
     criterion = AVIDLoss(bank, num_negatives=24, cross=1.0, within=within)
+    if start is not None:
+        model.module.load_state_dict(start["model"])
+        criterion.load_state_dict(start["criterion"])
+        bank.load(*start["memories"])
     mine = slice(rank, None, size) if strided else slice(rank * BATCH // size, (rank + 1) * BATCH // size)
     losses, terms, gradients = [], [], []
-    for step in range(STEPS):
+    for step in range(criterion.step, stop):
         video, audio, index, negatives = global_batch(step, num_instances, repeat=repeat)
         video_emb, audio_emb = model(video[mine], audio[mine])
         loss, parts = criterion(video_emb, audio_emb, index[mine], negatives=negatives[mine] if forced else None)
@@ -79,9 +88,32 @@ def train(
         "partition_function": criterion.partition_function,
         "gradients": torch.stack(gradients),
         "memories": torch.stack(bank.full()),
+        "model": model.module.state_dict(),
+        "criterion": criterion.state_dict(),
         "same_on_all_ranks": all(result == results[0] for result in results),
         "owned": [len(rows) for rows in gather(list(bank.rows), group)],
     }
+
+
+def move_rows(group: dist.ProcessGroup, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Initial rows, the same given to another bank rank by rank, and then to all ranks at once in reverse order."""
+    bank, other = (MemoryBank(61, DIM, seed=seed, dtype=dtype, process_group=group) for seed in (7, 8))
+    moved = {"initial": torch.stack(bank.full())}
+    other.load_local(*bank.local())
+    moved["by rank"] = torch.stack(other.full())
+    other.load(*moved["initial"].flip(1))
+    moved["reversed"] = torch.stack(other.full())
+    return moved
+
+
+def largest_tensor(num_instances: int, num_negatives: int) -> int:
+    """The most elements of any tensor in making a bank and in two steps of training."""
+    with LargestTensor() as measured:
+        criterion = AVIDLoss(MemoryBank(num_instances, DIM), num_negatives=num_negatives, within=1.0)
+        for _ in range(2):
+            video, audio, index = random_batch(3)
+            criterion(video.requires_grad_(), audio, index)[0].backward()  # type: ignore[no-untyped-call]
+    return measured.largest
 
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -135,14 +167,23 @@ def main() -> None:
     early = AVIDLoss(MemoryBank(20, DIM))
     dist.init_process_group("gloo", init_method=f"file://{meeting_file}", rank=rank, world_size=size)
     results: dict[str, Any] = {}
+    groups: dict[int, Any] = {}
     for world_size in range(1, size + 1):
-        group = dist.new_group(list(range(world_size)))
+        groups[world_size] = group = dist.new_group(list(range(world_size)))
         if rank < world_size:
             assert isinstance(group, dist.ProcessGroup)
             results[f"drawn {world_size}"] = train(group)
             results[f"forced {world_size}"] = train(group, within=0.0, forced=True, repeat=True)
             results[f"strided {world_size}"] = train(group, strided=True)
             results[f"tiny {world_size}"] = train(group, num_instances=3, repeat=True)
+            results[f"half {world_size}"] = train(group, dtype=torch.bfloat16)
+            results[f"rows {world_size}"] = {str(dtype): move_rows(group, dtype) for dtype in DTYPES}
+    halfway = [train(groups[2], stop=STEPS // 2) if rank < 2 else None]
+    dist.broadcast_object_list(halfway)
+    for world_size in (1, 3, 4):
+        if rank < world_size:
+            results[f"resumed {world_size}"] = train(groups[world_size], start=halfway[0])
+    results["largest tensors"] = gather(largest_tensor(400_000, 10_000))
     results["traffic"] = {(n, k): measure_traffic(n, k) for n in (61, 997) for k in (8, 200)}
     results["made too early"] = gather(error_of(lambda: early(*random_batch(2))))
     unequal = AVIDLoss(MemoryBank(20, DIM))

@@ -34,14 +34,14 @@ def example_candidates(num_queries: int, num_instances: int) -> Tensor:
 
 def test_gradients_are_those_of_finite_differences() -> None:
     bank = MemoryBank(30, 6)
-    candidates = example_candidates(4, 30)
+    owned = bank.find_owned(example_candidates(4, 30))
 
     def loss_of(queries: Tensor) -> Tensor:
         return contrastive_loss(
             bank,
             queries,
             queries.detach(),
-            candidates,
+            owned,
             CONTRASTS,
             temperature=0.5,
             partition_function=1.3,
@@ -64,7 +64,7 @@ def test_equals_the_formula_written_out() -> None:
         negative = -(noise / (exp_scores + noise)).log()[:, list(contrast.negatives)]
         expected.append((positive.mean(dim=1) + negative.sum(dim=1)).mean())
     loss, terms = contrastive_loss(
-        bank, queries, queries, candidates, CONTRASTS, temperature=0.1, partition_function=2.5
+        bank, queries, queries, bank.find_owned(candidates), CONTRASTS, temperature=0.1, partition_function=2.5
     )
     torch.testing.assert_close(terms, torch.stack(expected))
     torch.testing.assert_close(loss, 0.5 * expected[0] + 0.2 * expected[1] + 0.3 * expected[2])
@@ -92,7 +92,7 @@ def test_golden_instance_and_positive_terms() -> None:
         bank,
         queries,
         queries.detach(),
-        candidates,
+        bank.find_owned(candidates),
         contrasts,
         temperature=0.07,
         partition_function=numbers["cma_avg_exp_score"].item(),
@@ -128,8 +128,9 @@ def test_small_blocks_give_the_same_and_bound_what_is_held(monkeypatch: pytest.M
         bank = MemoryBank(num_instances, dim)
         queries = unit(num_queries, 2, dim).requires_grad_()
         with LargestTensor() as measured:  # type: ignore[no-untyped-call]
+            owned = bank.find_owned(candidates)
             loss, _ = contrastive_loss(
-                bank, queries, queries.detach(), candidates, CONTRASTS, temperature=0.07, partition_function=2.0
+                bank, queries, queries.detach(), owned, CONTRASTS, temperature=0.07, partition_function=2.0
             )
             loss.backward()  # type: ignore[no-untyped-call]
         assert queries.grad is not None

@@ -221,12 +221,24 @@ def test_first_batch_must_be_finite() -> None:
     [
         ({"step": 1}, r"expected entries step and partition_function, found \['step'\]"),
         ({"step": -1, "partition_function": None}, "step must be an integer >= 0, not -1"),
-        ({"step": 1, "partition_function": "1"}, "partition_function must be a float or None, not '1'"),
+        ({"step": 1, "partition_function": "1"}, "partition_function must be a positive float or None, not '1'"),
+        (
+            {"step": 1, "partition_function": float("nan")},
+            "partition_function must be a positive float or None, not nan",
+        ),
     ],
 )
 def test_states_of_something_else(state: dict[str, object], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         make_loss().load_state_dict(state)
+
+
+def test_partition_function_of_another_type_is_a_float_in_the_state() -> None:
+    criterion, other = make_loss(), make_loss()
+    for value in (3, torch.tensor(3.0), np.float32(3)):
+        criterion.partition_function = value  # type: ignore[assignment]
+        other.load_state_dict(criterion.state_dict())
+        assert other.partition_function == 3.0
 
 
 def test_partition_function_must_be_positive() -> None:

@@ -75,7 +75,12 @@ def test_local_rows_load_again() -> None:
     assert torch.equal(other.full()[0], bank.full()[0])
     assert torch.equal(other.full()[1], bank.full()[1])
     assert bank.rows == range(30)
-    assert bank.first_row == 0
+
+
+def test_loading_what_requires_gradients_keeps_rows_out_of_autograd() -> None:
+    bank = MemoryBank(10, 4)
+    bank.load(*torch.ones(2, 10, 4, requires_grad=True))
+    assert not any(rows.requires_grad for rows in bank.local())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

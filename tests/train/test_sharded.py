@@ -57,6 +57,39 @@ def test_equals_one_process(results: dict[str, Any], case: str, world_size: int)
     torch.testing.assert_close(sharded["memories"], single["memories"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_half_precision_rows_equal_one_process(results: dict[str, Any], world_size: int) -> None:
+    single, sharded = results["half 1"], results[f"half {world_size}"]
+    assert sharded["same_on_all_ranks"]
+    # A last digit of float32 may decide how a row is rounded to bfloat16, whose steps below 1 are up to 2^-8.
+    assert sharded["losses"] == pytest.approx(single["losses"], rel=1e-3)
+    torch.testing.assert_close(sharded["memories"], single["memories"], rtol=0, atol=2**-7)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_the_same_on_any_number_of_ranks(results: dict[str, Any], dtype: torch.dtype, world_size: int) -> None:
+    expected = torch.stack(MemoryBank(61, 16, seed=7, dtype=dtype).full())
+    rows = results[f"rows {world_size}"][str(dtype)]
+    assert torch.equal(rows["initial"], expected)
+    assert torch.equal(rows["by rank"], expected)
+    assert torch.equal(rows["reversed"], expected.flip(1))
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_two_ranks_run_goes_on_at_another_number(results: dict[str, Any], world_size: int) -> None:
+    single, resumed = results["drawn 1"], results[f"resumed {world_size}"]
+    assert resumed["losses"] == pytest.approx(single["losses"][10:], rel=1e-5)
+    torch.testing.assert_close(resumed["memories"], single["memories"], rtol=0, atol=1e-5)
+
+
+def test_no_rank_holds_more_than_its_rows(results: dict[str, Any]) -> None:
+    # The largest tensors are the rank's own rows: not all N, nor all vectors of a batch (12 queries, 10,000 negatives).
+    own_rows = 100_000 * 16
+    assert own_rows < 12 * 10_000 * 16
+    assert results["largest tensors"] == [own_rows] * 4
+
+
 def test_something_happens_in_these_runs(results: dict[str, Any]) -> None:
     run = results["drawn 1"]
     assert len(set(run["losses"])) == 20
