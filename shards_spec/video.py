@@ -46,7 +46,7 @@ def decode_frames(data: bytes, first: int, count: int, fps: float, where: str) -
             tick = stream.time_base or Fraction(1, 1000)
             origin = stream.start_time or 0
             for frame in _frames_from(container, stream, origin, origin + int(first / rate / tick)):
-                instant = (frame.pts - origin) * tick
+                instant = ((frame.pts or 0) - origin) * tick
                 while len(frames) < count and (first + len(frames)) / rate < instant - _CLOCK_TOLERANCE:
                     frames.append(_rgb(shown or frame))
                 if len(frames) < count and (first + len(frames)) / rate <= instant + _CLOCK_TOLERANCE:
