@@ -5,8 +5,8 @@ cause                     in the picture                   in the sound
 ========================  ===============================  =================================================
 ``shape``                 outline of the moving shapes     harmonics of the tone
 ``motion``                how the shapes move              how the tone swells, glides and clicks
-``colour``                hue of background and shapes     pitch of the tone
-``light``                 brightness of the background     loudness of the hiss
+``colour``                hue of the shapes                pitch of the tone
+``backdrop``              hue of the background            frequency of the hiss
 ``tempo``                 cycles of movement per second    beats per second
 ``size``                  radius of the shapes             loudness of the tone
 ``grain``                 how close the stripes are        how fast the hiss flutters
@@ -14,7 +14,7 @@ cause                     in the picture                   in the sound
 
 The first two make the class. The other five are continuous and the instance's own, so that instances of one class
 differ, and so that what a model learned from some instances lets it match picture and sound of others. All show in
-any half second of picture and of sound, but tempo, which needs longer sound.
+any half second of picture and in any two seconds of sound.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ SHAPES: Final[tuple[Shape, ...]] = get_args(Shape)
 MOTIONS: Final[tuple[Motion, ...]] = get_args(Motion)
 CLASS_NAMES: Final = tuple(f"{motion}_{shape}" for motion in MOTIONS for shape in SHAPES)
 
-_BEATS_PER_SECOND: Final = (2.0, 5.0)
+_BEATS_PER_SECOND: Final = (1.5, 5.0)
 _PURPOSES: Final = ("causes", "picture", "sound", "name")
 
 
@@ -52,8 +52,8 @@ class HiddenCauses:
     Attributes:
         shape: Outline of the shapes.
         motion: How they move.
-        colour: Hue of the picture and pitch of the tone, 0 to 1.
-        light: Brightness of the background and loudness of the hiss, 0 to 1.
+        colour: Hue of the shapes and pitch of the tone, 0 to 1.
+        backdrop: Hue of the background and frequency of the hiss, 0 to 1.
         tempo: Speed of movement and beat, 0 to 1.
         size: Radius of the shapes and loudness of the tone, 0 to 1.
         grain: Density of the stripes and flutter of the hiss, 0 to 1.
@@ -63,7 +63,7 @@ class HiddenCauses:
     shape: Shape
     motion: Motion
     colour: float
-    light: float
+    backdrop: float
     tempo: float
     size: float
     grain: float
@@ -95,12 +95,12 @@ def keyed_generator(
 def sample_causes(seed: int, instance: int) -> HiddenCauses:
     """Hidden causes of an instance. Classes take turns; the continuous causes are uniform and independent."""
     motion, shape = divmod(instance % len(CLASS_NAMES), len(SHAPES))
-    colour, light, tempo, size, grain, phase = keyed_generator(seed, instance, "causes").random(6)
+    colour, backdrop, tempo, size, grain, phase = keyed_generator(seed, instance, "causes").random(6)
     return HiddenCauses(
         shape=SHAPES[shape],
         motion=MOTIONS[motion],
         colour=float(colour),
-        light=float(light),
+        backdrop=float(backdrop),
         tempo=float(tempo),
         size=float(size),
         grain=float(grain),

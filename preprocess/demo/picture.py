@@ -10,20 +10,19 @@ from avid_pipeline.preprocess.demo.causes import HiddenCauses, Shape, geometric
 
 __all__ = ["FRAMES_PER_SECOND", "HEIGHT", "WIDTH", "render_frames"]
 
-WIDTH: Final = 128
-HEIGHT: Final = 96
+WIDTH: Final = 160
+HEIGHT: Final = 120
 # Not the 16 frames per second of the shards, so that transcoding has to resample.
 FRAMES_PER_SECOND: Final = 25
 
 # Red, orange, yellow, green, cyan, blue, violet, magenta: equal steps to the eye, which even steps of hue are not.
 # Hue is a circle and pitch is not, so the two ends do not meet.
 _HUES: Final = (0.0, 0.075, 0.155, 0.33, 0.5, 0.62, 0.75, 0.87)
-_RADIUS_PIXELS: Final = (7.0, 19.0)
+_RADIUS_PIXELS: Final = (10.0, 23.0)
 _STRIPES_PER_PIXEL: Final = (0.03, 0.15)
-# Of the lighter stripes, as a share of full brightness.
-_LIGHT: Final = (0.3, 0.95)
 _STAR_POINTS: Final = 5
 _STAR_INNER_RADIUS: Final = 0.5
+_NOISE_DEVIATION: Final = 3.0
 
 _Array = NDArray[np.float32]
 
@@ -34,20 +33,21 @@ def render_frames(causes: HiddenCauses, seconds: float, generator: np.random.Gen
     Args:
         causes: What to draw.
         seconds: Duration.
-        generator: For what the sound knows nothing of: places and angles.
+        generator: For what the sound knows nothing of: places, angles and camera noise.
 
     Returns:
-        frames_THWC: RGB, ``[round(seconds * 25), 96, 128, 3]``.
+        frames_THWC: RGB, ``[round(seconds * 25), 120, 160, 3]``.
     """
     count = round(seconds * FRAMES_PER_SECOND)
     cycles_T = causes.cycles(np.arange(count) / FRAMES_PER_SECOND)
     frames_THWC = np.repeat(_background(causes, generator)[None], count, axis=0)
+    frames_THWC += _NOISE_DEVIATION * generator.standard_normal((count, HEIGHT, WIDTH, 1), dtype=np.float32)
 
     radius = geometric(_RADIUS_PIXELS, causes.size)
-    fill_C = _rgb(causes.colour, saturation=0.3, value=1.0)
+    fill_C = _rgb(causes.colour, saturation=0.85, value=0.96)
     for slot in range(3):
-        home_x = WIDTH * (slot + 0.5) / 3 + generator.uniform(-3, 3)
-        home_y = HEIGHT * 0.5 + generator.uniform(-14, 14)
+        home_x = WIDTH * (slot + 0.5) / 3 + generator.uniform(-4, 4)
+        home_y = HEIGHT * 0.5 + generator.uniform(-18, 18)
         angle = generator.uniform(0, 2 * np.pi)
         offsets_T2, scale_T2, tilt_T = _movement(causes, cycles_T)
         centers_T2 = np.array([home_x, home_y]) + offsets_T2
@@ -69,10 +69,9 @@ def _background(causes: HiddenCauses, generator: np.random.Generator) -> _Array:
     density = geometric(_STRIPES_PER_PIXEL, causes.grain)
     wave_HW = np.sin(2 * np.pi * (density * along_HW + generator.random()))
     blend_HW = 0.5 + 0.5 * np.tanh(2 * wave_HW) / np.tanh(2)
-    brightness = geometric(_LIGHT, causes.light)
-    dark_C, light_C = (_rgb(causes.colour, 0.85, share * brightness) for share in (0.7, 1.0))
+    dark_C, light_C = (_rgb(causes.backdrop, 0.75, value) for value in (0.26, 0.46))
     distance_HW = np.hypot((x_1W - WIDTH / 2) / WIDTH, (y_H1 - HEIGHT / 2) / HEIGHT)
-    shade_HW = 1 - 0.3 * distance_HW**2
+    shade_HW = 1 - 0.5 * distance_HW**2
     background: _Array = ((dark_C + (light_C - dark_C) * blend_HW[..., None]) * shade_HW[..., None]).astype(np.float32)
     return background
 
@@ -87,13 +86,13 @@ def _movement(
         height_T = np.abs(np.sin(turn_T / 2))
         squash_T = 0.3 * np.exp(-((height_T / 0.3) ** 2))
         return (
-            np.stack([still_T, 11 - 22 * height_T], axis=1),
+            np.stack([still_T, 14 - 28 * height_T], axis=1),
             np.stack([1 + 0.6 * squash_T, 1 - squash_T], axis=1),
             still_T,
         )
     if causes.motion == "swinging":
         sway_T = np.sin(turn_T)
-        return np.stack([14 * sway_T, still_T], axis=1), np.ones((len(cycles_T), 2)), 0.5 * sway_T
+        return np.stack([18 * sway_T, still_T], axis=1), np.ones((len(cycles_T), 2)), 0.5 * sway_T
     scale_T = 1 + 0.38 * np.cos(turn_T)
     return np.zeros((len(cycles_T), 2)), np.stack([scale_T, scale_T], axis=1), still_T
 

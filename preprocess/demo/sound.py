@@ -12,17 +12,21 @@ __all__ = ["SAMPLES_PER_SECOND", "synthesize"]
 # Not the 24 kHz of the spectrograms, so that preprocessing has to resample.
 SAMPLES_PER_SECOND: Final = 44_100
 
-_PITCH_HZ: Final = (150.0, 1200.0)
-_TONE_LEVEL: Final = (0.03, 0.18)
-_HISS_LEVEL: Final = (0.0005, 0.03)
-_FLUTTER_HZ: Final = (5.0, 20.0)
-_GLIDE_OCTAVES: Final = 0.08
-_HIGHEST_HARMONIC_HZ: Final = 12_000.0
-_TABLE_SIZE: Final = 4096
+_PITCH_HZ: Final = (160.0, 1600.0)
+_TONE_AMPLITUDE: Final = (0.05, 0.4)
+_HISS_HZ: Final = (1500.0, 9000.0)
+_HISS_OCTAVES: Final = 0.25
+_HISS_LEVEL: Final = 0.04
+_FLUTTER_HZ: Final = (6.0, 18.0)
+_FLOOR_LEVEL: Final = 0.0005
+_GLIDE_OCTAVES: Final = 0.12
 
-# How fast harmonics weaken, as a power of their number, and what is left of the even ones: a circle is mellow, a
-# square hollow, a star bright.
-_TIMBRES: Final[dict[Shape, tuple[float, float]]] = {"circle": (2.0, 1.0), "square": (1.0, 0.15), "star": (0.3, 1.0)}
+# Harmonic numbers and amplitudes: a circle is mellow, a square hollow (odd harmonics), a star bright.
+_HARMONICS: Final[dict[Shape, tuple[tuple[float, ...], tuple[float, ...]]]] = {
+    "circle": ((1, 2, 3), (1.0, 0.25, 0.06)),
+    "square": ((1, 3, 5, 7, 9, 11), (1.0, 0.6, 0.45, 0.35, 0.3, 0.25)),
+    "star": (tuple(range(1, 13)), (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45)),
+}
 
 
 def synthesize(causes: HiddenCauses, seconds: float, generator: np.random.Generator) -> NDArray[np.float32]:
@@ -37,51 +41,55 @@ def synthesize(causes: HiddenCauses, seconds: float, generator: np.random.Genera
         Waveform within -1 and 1, ``[round(seconds * 44100)]``, one channel.
     """
     times = np.arange(round(seconds * SAMPLES_PER_SECOND)) / SAMPLES_PER_SECOND
-    sound = _tone(causes, times, generator) + _hiss(causes, times, generator)
-    return np.clip(sound, -1, 1).astype(np.float32)
-
-
-def _tone(causes: HiddenCauses, times: NDArray[np.float64], generator: np.random.Generator) -> NDArray[np.float64]:
-    """The pitched part, which beats with the movement."""
     cycles = causes.cycles(times)
+    tone = _tone(causes, times, cycles, generator)
+    hiss = _hiss(causes, times, generator)
+    floor = _FLOOR_LEVEL * generator.standard_normal(len(times))
+    return np.clip(tone + hiss + floor, -1, 1).astype(np.float32)
+
+
+def _tone(
+    causes: HiddenCauses,
+    times: NDArray[np.float64],
+    cycles: NDArray[np.float64],
+    generator: np.random.Generator,
+) -> NDArray[np.float64]:
+    """The pitched part: beats with the movement, amplitude at most that of the cause ``size``."""
     pitch = geometric(_PITCH_HZ, causes.colour)
-    turns = pitch * times
     if causes.motion == "swinging":
-        turns = pitch * np.cumsum(2 ** (_GLIDE_OCTAVES * np.sin(2 * np.pi * cycles))) / SAMPLES_PER_SECOND
-    table = _one_turn(causes.shape, pitch, generator)
-    wave = table[np.rint(turns % 1.0 * _TABLE_SIZE).astype(int) % _TABLE_SIZE]
-    level = geometric(_TONE_LEVEL, causes.size)
-    sounding: NDArray[np.float64] = level * _envelope(causes, cycles) * wave
+        glide = 2 ** (_GLIDE_OCTAVES * np.sin(2 * np.pi * cycles))
+        turns = pitch * np.cumsum(glide) / SAMPLES_PER_SECOND
+    else:
+        turns = pitch * times
+    numbers, amplitudes = _HARMONICS[causes.shape]
+    wave = np.zeros_like(times)
+    for number, amplitude in zip(numbers, amplitudes, strict=True):
+        if number * pitch < 0.45 * SAMPLES_PER_SECOND:
+            wave += amplitude * np.sin(2 * np.pi * (number * turns + generator.random()))
+    loudness = geometric(_TONE_AMPLITUDE, causes.size) / np.sqrt(np.sum(np.square(amplitudes)))
+    sounding = loudness * _envelope(causes, cycles) * wave
     if causes.motion == "bouncing":
-        seconds_since_beat = (cycles % 1.0) * (times[1] - times[0]) / (cycles[1] - cycles[0])
-        sounding += 0.5 * level * np.exp(-seconds_since_beat / 0.01) * generator.standard_normal(len(times))
-    return sounding
-
-
-def _one_turn(shape: Shape, pitch: float, generator: np.random.Generator) -> NDArray[np.float64]:
-    """One period of the tone, ``[4096]``, with root mean square 1 and as many harmonics as its pitch leaves room for."""
-    numbers = np.arange(1, int(_HIGHEST_HARMONIC_HZ / pitch) + 1)
-    fall, even = _TIMBRES[shape]
-    amplitudes = numbers**-fall * np.where(numbers % 2 == 0, even, 1.0)
-    spectrum = np.zeros(_TABLE_SIZE // 2 + 1, complex)
-    spectrum[numbers] = amplitudes * np.exp(2j * np.pi * generator.random(len(numbers)))
-    wave = np.fft.irfft(spectrum)
-    return wave / np.sqrt(np.mean(np.square(wave)))
+        click = np.exp(-(cycles % 1.0) * (times[1] / max(cycles[1] - cycles[0], 1e-9)) / 0.008)
+        sounding += 0.25 * loudness * click * generator.standard_normal(len(times))
+    return np.asarray(sounding, dtype=np.float64)
 
 
 def _envelope(causes: HiddenCauses, cycles: NDArray[np.float64]) -> NDArray[np.float64]:
     """Loudness over time, 0 to 1: struck at each landing, swelling with each pulse, or steady in a swing."""
     if causes.motion == "bouncing":
-        return np.exp(-2.5 * (cycles % 1.0))
+        return np.exp(-4.0 * (cycles % 1.0))
     if causes.motion == "pulsing":
         return (0.5 + 0.5 * np.cos(2 * np.pi * cycles)) ** 2
     return 0.8 + 0.2 * np.cos(4 * np.pi * cycles)
 
 
 def _hiss(causes: HiddenCauses, times: NDArray[np.float64], generator: np.random.Generator) -> NDArray[np.float64]:
-    """Noise over all frequencies, weaker towards the high ones, that flutters."""
-    noise = generator.standard_normal(len(times))
+    """Noise around one frequency, as wide as that frequency is high, that flutters."""
+    spectrum = np.fft.rfft(generator.standard_normal(len(times)))
+    frequencies = np.fft.rfftfreq(len(times), 1 / SAMPLES_PER_SECOND)
+    octaves = np.log2(np.maximum(frequencies, 1.0) / geometric(_HISS_HZ, causes.backdrop))
+    noise = np.fft.irfft(spectrum * np.exp(-0.5 * (octaves / _HISS_OCTAVES) ** 2), len(times))
     rate = geometric(_FLUTTER_HZ, causes.grain)
-    flutter = 0.3 + 0.7 * (0.5 + 0.5 * np.cos(2 * np.pi * (rate * times + generator.random())))
-    hiss: NDArray[np.float64] = geometric(_HISS_LEVEL, causes.light) * noise * flutter
+    flutter = 0.15 + 0.85 * (0.5 + 0.5 * np.cos(2 * np.pi * (rate * times + generator.random()))) ** 2
+    hiss: NDArray[np.float64] = _HISS_LEVEL * noise / noise.std() * flutter
     return hiss
