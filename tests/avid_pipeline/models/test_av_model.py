@@ -72,9 +72,9 @@ def test_channels_last_gives_the_same_embeddings(golden_model, golden_inputs, go
     assert not stem.is_contiguous()
     video, audio = golden_inputs
     for clips in (video, video.to(memory_format=torch.channels_last_3d)):
-        video_emb, audio_emb = golden_model(clips, audio)
-        assert_golden(video_emb, golden["video_emb_eval"])
-        assert_golden(audio_emb, golden["audio_emb_eval"])
+        # Sums are taken in another order, so errors follow the largest values, not each value.
+        for found, name in zip(golden_model(clips, audio), ("video_emb_eval", "audio_emb_eval"), strict=True):
+            assert np.abs(found.numpy() - golden[name]).max() < 1e-5 * np.abs(golden[name]).max()
     golden_model.to(memory_format=torch.contiguous_format)
     assert all(parameter.is_contiguous() for parameter in golden_model.parameters())
 
