@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import av
@@ -7,9 +8,9 @@ from click.testing import CliRunner
 
 from avid_pipeline.preprocess.cli import main
 from avid_pipeline.preprocess.demo.causes import keyed_generator, sample_causes
-from avid_pipeline.preprocess.demo.picture import render_frames
-from avid_pipeline.preprocess.demo.sound import synthesize
-from avid_pipeline.preprocess.demo.write import demo_names, write_demo
+from avid_pipeline.preprocess.demo.picture import FRAMES_PER_SECOND, render_frames
+from avid_pipeline.preprocess.demo.sound import SAMPLES_PER_SECOND, synthesize
+from avid_pipeline.preprocess.demo.write import SECONDS, demo_names, write_demo
 from avid_pipeline.preprocess.errors import PreprocessError
 from avid_pipeline.preprocess.ffmpeg import find_ffmpeg
 
@@ -29,6 +30,37 @@ def test_layout_and_streams(demo):
     with av.open(str(out / files[0])) as container:
         assert sorted(stream.type for stream in container.streams) == ["audio", "video"]
         assert container.duration / av.time_base == pytest.approx(3.0, abs=0.1)
+
+
+def test_every_file_decodes_to_its_end(demo):
+    out, _ = demo
+    for name in demo_names(6, 3):
+        with av.open(str(out / name)) as container:
+            assert sum(1 for _ in container.decode(video=0)) == round(SECONDS * FRAMES_PER_SECOND)
+        with av.open(str(out / name)) as container:
+            assert container.streams.audio[0].rate == SAMPLES_PER_SECOND
+            samples = sum(frame.samples for frame in container.decode(audio=0))
+            assert samples / SAMPLES_PER_SECOND == pytest.approx(SECONDS, abs=0.1)
+
+
+def test_a_failing_ffmpeg_is_reported_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    program = tmp_path / "programs" / "ffmpeg"
+    program.parent.mkdir()
+    # Writes half a file where it was told to, as a full disk would make it.
+    program.write_text(
+        "#!/bin/sh\n"
+        'for out; do case "$out" in file:*.partial) echo half > "${out#file:}";; esac; done\n'
+        "cat > /dev/null\n"
+        "echo no space left >&2\n"
+        "exit 1\n"
+    )
+    program.chmod(0o755)
+    with monkeypatch.context() as changed:
+        changed.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+        with pytest.raises(PreprocessError, match="no space left"):
+            write_demo(tmp_path / "demo", instances=2, workers=1)
+    assert [path.name for path in (tmp_path / "demo").rglob("*") if path.is_file()] == ["demo.json"]
+    assert write_demo(tmp_path / "demo", instances=2, workers=1).train == 1
 
 
 def test_same_seed_same_bytes_other_seed_others(demo, tmp_path):
