@@ -13,6 +13,7 @@ from avid_pipeline.errors import CheckpointError
 from avid_pipeline.evaluate.embedding import embed_dataset
 from avid_pipeline.evaluate.retrieval import RECALL_AT, RetrievalResult, chance, retrieve
 from avid_pipeline.models import load_pretrained
+from avid_pipeline.models.pretrained import WEIGHTS_NAME
 from avid_pipeline.shards_spec.command_line import FriendlyCommand, FriendlyGroup
 from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
 from avid_pipeline.shards_spec.reader import open_dataset
@@ -67,9 +68,11 @@ def retrieval(
 
 def _clip_settings(checkpoint: str) -> tuple[ClipSettings, SpectrogramStatistics | None]:
     """Clip settings and statistics that a checkpoint of ours was trained with; the paper's for a published one."""
-    if Path(checkpoint).is_file() or not has_record(open_storage(checkpoint)):
+    # A weights file of ours lies in the folder that says how it was trained.
+    folder = checkpoint.removesuffix(WEIGHTS_NAME) or "."
+    if Path(folder).is_file() or not has_record(open_storage(folder)):
         return ClipSettings(), None
-    record = read_record(open_storage(checkpoint))
+    record = read_record(open_storage(folder))
     if "clip" not in record.config:
         raise CheckpointError(f"{checkpoint}: its record has no clip settings; it was written by another release")
     return parse_config(record.config["clip"], ClipSettings, checkpoint), record.spectrogram_statistics

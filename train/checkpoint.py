@@ -4,24 +4,26 @@ Files of a checkpoint folder:
 
 - ``model.safetensors``: the model's state dict, with the published names;
 - ``trainer.pt``: optimizer and loss state, loadable with ``weights_only``;
-- ``memory_bank.zarr``: arrays ``video`` and ``audio`` [N, D];
+- ``memory_bank.zarr``: arrays ``video`` and ``audio`` [N, D], every chunk with its checksum;
 - ``checkpoint.json``: configuration, place in the run, versions and checksums; written last.
 """
 
 import hashlib
 import io
 import json
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import safetensors.torch
 import torch
 import zarr
 from pydantic import ValidationError
+from zarr.codecs import Crc32cCodec
 from zarr.storage import ObjectStore
 
 from avid_pipeline import __version__
-from avid_pipeline.errors import CheckpointError, ManifestError, StorageError
+from avid_pipeline.errors import CheckpointError, StorageError
 from avid_pipeline.models import AVModel
 from avid_pipeline.models.pretrained import LATEST_NAME, WEIGHTS_NAME
 from avid_pipeline.shards_spec.manifest import Record, SpectrogramStatistics, describe_validation_error
@@ -50,7 +52,7 @@ class CheckpointRecord(Record):
         sha256: checksums of the other files.
     """
 
-    format_version: int = 1
+    format_version: Literal[1] = 1
     epoch: int
     step: int
     config: dict[str, Any]
@@ -175,21 +177,29 @@ def restore_bank(root: Storage, name: str, bank: MemoryBank) -> None:
     """Load the rows that this rank owns; a checkpoint loads at any world size.
 
     Raises:
-        CheckpointError: the snapshot is missing or has another number of instances or dimensions.
+        CheckpointError: the snapshot is missing, damaged, or has another number of instances or dimensions.
     """
-    where = f"{root.url_of(name)}/{BANK_NAME}"
+    rows = [_read_rows(root, name, modality, bank) for modality in MODALITIES]
+    bank.load_local(*(torch.from_numpy(of_modality) for of_modality in rows))
+
+
+def _read_rows(root: Storage, name: str, modality: str, bank: MemoryBank) -> npt.NDArray[np.float32]:
+    """This rank's rows of a modality, float32 [len(bank.rows), D]."""
+    where = f"{root.url_of(name)}/{BANK_NAME}/{modality}"
+    expected = [bank.num_instances, bank.dim]
     try:
-        group = zarr.open_group(_bank_store(root, name), mode="r")
-    except (FileNotFoundError, ManifestError, ValueError, KeyError) as error:
+        array = _array(zarr.open_group(_bank_store(root, name, create=False), mode="r"), modality)
+        if list(array.shape) != expected:
+            raise CheckpointError(f"{where}: expected shape {expected}, found {list(array.shape)}")
+        rows = np.asarray(array[bank.rows.start : bank.rows.stop], dtype=np.float32)
+    except StorageError as error:
         raise CheckpointError(f"{where}: is no memory bank snapshot: {error}") from error
-    rows = []
-    for modality in MODALITIES:
-        array = _array(group, modality)
-        if array.shape != (bank.num_instances, bank.dim):
-            expected = [bank.num_instances, bank.dim]
-            raise CheckpointError(f"{where}/{modality}: expected shape {expected}, found {list(array.shape)}")
-        rows.append(torch.from_numpy(np.asarray(array[bank.rows.start : bank.rows.stop])))
-    bank.load_local(*rows)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{where}: is damaged, use an earlier checkpoint: {reason}") from error
+    if not np.isfinite(rows).all():
+        raise CheckpointError(f"{where}: some of its rows are missing, use an earlier checkpoint")
+    return rows
 
 
 def _array(group: zarr.Group, modality: str) -> zarr.Array[Any]:
@@ -199,23 +209,27 @@ def _array(group: zarr.Group, modality: str) -> zarr.Array[Any]:
     return array
 
 
-def _bank_store(root: Storage, name: str) -> ObjectStore[Any]:
-    return ObjectStore(open_storage(root.url_of(f"{name}/{BANK_NAME}"), create=True).store)
+def _bank_store(root: Storage, name: str, *, create: bool) -> ObjectStore[Any]:
+    return ObjectStore(open_storage(root.url_of(f"{name}/{BANK_NAME}"), create=create).store)
 
 
 def _bank_arrays(root: Storage, name: str, bank: MemoryBank) -> None:
-    group = zarr.open_group(_bank_store(root, name), mode="w", attributes={"modalities": list(MODALITIES)})
+    store = _bank_store(root, name, create=True)
+    group = zarr.open_group(store, mode="w", attributes={"modalities": list(MODALITIES)})
     for modality in MODALITIES:
         group.create_array(
             modality,
             shape=(bank.num_instances, bank.dim),
             chunks=(min(_ROWS_PER_CHUNK, bank.num_instances), bank.dim),
             dtype="float32",
+            # Random vectors do not compress; a checksum and NaN for chunks that are not there tell damage instead.
+            compressors=Crc32cCodec(),
+            fill_value=float("nan"),
         )
 
 
 def _write_bank(root: Storage, name: str, bank: MemoryBank) -> None:
-    group = zarr.open_group(_bank_store(root, name), mode="r+")
+    group = zarr.open_group(_bank_store(root, name, create=False), mode="r+")
     for modality, rows in zip(MODALITIES, bank.local(), strict=True):
         _array(group, modality)[bank.rows.start : bank.rows.stop] = rows.float().cpu().numpy()
 

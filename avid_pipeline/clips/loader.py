@@ -17,7 +17,7 @@ from avid_pipeline.clips.settings import ClipSettings
 from avid_pipeline.errors import ConfigError, ManifestError
 from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
 from avid_pipeline.shards_spec.reader import ShardReader
-from avid_pipeline.streams.plan import Batch
+from avid_pipeline.streams.batches import Batch
 
 _BATCHES_AHEAD = 3
 

@@ -14,59 +14,20 @@ An instance is at most once in a global batch: streams share no instance, and wi
 instance are always at least a batch apart.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import overload
 
 import numpy as np
-import numpy.typing as npt
 
 from avid_pipeline.errors import PlanError
 from avid_pipeline.shards_spec.manifest import Manifest
-
-IntArray = npt.NDArray[np.int64]
+from avid_pipeline.streams.batches import Batch, IntArray, LazyBatches
 
 # First word of the key of every generator here, so that no two purposes share a sequence.
 _SHARD_ORDER, _BLOCK_ORDER, _WITHIN_BLOCK, _REMAINDER_ORDER = range(4)
 
 # A stream of one block would go pass after pass.
 _BLOCKS_PER_STREAM = 8
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Which visits a batch holds: instance indices and visit numbers, both int64 [size]."""
-
-    instances: IntArray
-    visits: IntArray
-
-    def __len__(self) -> int:
-        return len(self.instances)
-
-
-class LazyBatches(Sequence[Batch]):
-    """A sequence of batches that are made when they are asked for.
-
-    Args:
-        make: gives the batch of a number.
-        count: how many there are.
-    """
-
-    def __init__(self, make: Callable[[int], Batch], count: int) -> None:
-        self._make = make
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, number: int) -> Batch: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Batch]: ...
-    def __getitem__(self, number: int | slice) -> Batch | Sequence[Batch]:
-        wanted = range(self._count)[number]
-        return self._make(wanted) if isinstance(wanted, int) else [self._make(each) for each in wanted]
 
 
 class EpochPlan:

@@ -63,3 +63,50 @@ def test_files_that_are_no_config(tmp_path):
         (tmp_path / "x.yaml").write_text(text)
         with pytest.raises(ConfigError, match=message):
             load_config(tmp_path / "x.yaml", TrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rate=.inf", r"optimizer\.learning_rate: .*finite"),
+        ("optimizer.learning_rate=.nan", r"optimizer\.learning_rate: "),
+        ("optimizer.learning_rate=true", r"optimizer\.learning_rate: .*number, found True"),
+        ("optimizer.betas=[0.9, 1]", r"optimizer\.betas\.1: .*less than 1"),
+        ("epochs=1.5", r"epochs: .*found 1\.5"),
+        ("seed=2000-01-01", "no number, text, list or mapping"),
+        ("augmentation.ratio=[0, 1]", r"augmentation\.ratio: .*0 < lowest <= highest, found \[0\.0, 1\.0\]"),
+        ("augmentation.area=[0.5, 0.2]", r"augmentation\.area: .*found \[0\.5, 0\.2\]"),
+        ("augmentation.area=[8, 100]", r"augmentation\.area: .*<= 1, found \[8\.0, 100\.0\]"),
+        ("model.projection=[]", r"model\.projection: .*at least 1"),
+        ("=1", "expected key=value"),
+    ],
+)
+def test_values_that_would_fail_later_fail_here(config_file, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_file, TrainConfig, [override])
+
+
+def test_every_problem_is_told_at_once_and_shortly(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("epochs: 1\nsede: 3\nclip: {fbs: 16}\noptimizer: {learning_rate: a}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, TrainConfig)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert "data: is missing and has no default" in message
+    assert "sede: unknown key; known here: seed, epochs" in message
+    assert "clip.fbs: unknown key; known here: video_seconds, fps" in message
+    assert "optimizer.learning_rate: Input should be a valid number, found 'a'" in message
+
+
+def test_a_file_that_holds_itself_is_an_error(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("epochs: &again [*again]\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        load_config(path, TrainConfig)
+
+
+def test_a_configuration_does_not_change(config_file):
+    config = load_config(config_file, TrainConfig)
+    with pytest.raises(ValueError, match="frozen"):
+        config.epochs = 2

@@ -11,12 +11,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from avid_pipeline.errors import CheckpointError
+from avid_pipeline.clips.loader import ClipLoader
+from avid_pipeline.errors import CheckpointError, ConfigError
 from avid_pipeline.models import load_pretrained
+from avid_pipeline.shards_spec.reader import open_dataset
 from avid_pipeline.shards_spec.storage import open_storage
-from avid_pipeline.train.checkpoint import latest_checkpoint, read_record
+from avid_pipeline.streams.plan import plan
+from avid_pipeline.train.checkpoint import latest_checkpoint, read_record, restore_bank
 from avid_pipeline.train.cli import main
 from avid_pipeline.train.config import TrainConfig
+from avid_pipeline.train.memory_bank import MemoryBank
 from avid_pipeline.train.run_log import read_metrics
 from avid_pipeline.train.trainer import train
 
@@ -66,6 +70,7 @@ def test_resumed_equals_undisturbed_bit_for_bit(small_dataset, undisturbed, tmp_
     train(settings(epochs=1), str(small_dataset), str(tmp_path))
     resumed = train(settings(), str(small_dataset), str(tmp_path), resume=True)
     assert losses(tmp_path) == losses(folder)
+    assert resumed.schedule.state_dict() == state.schedule.state_dict()
     for name, tensor in resumed.model.state_dict().items():
         assert torch.equal(tensor, state.model.state_dict()[name]), name
     for ours, theirs in zip(resumed.criterion.bank.full(), state.criterion.bank.full(), strict=True):
@@ -138,12 +143,100 @@ def test_killed_and_resumed(small_dataset, tmp_path):
     assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 16))
 
 
+def test_memories_of_the_instances_seen_and_no_others_change(small_dataset, tmp_path):
+    # Batches of 4 leave two of ten instances out; their memories must be as they began.
+    data = {"batch_size": 4, "workers": 1}
+    state = train(settings(epochs=1, data=data), str(small_dataset), str(tmp_path))
+    manifest = open_dataset(small_dataset).manifest
+    epoch = plan(manifest, seed=0, epoch=0, clips_per_instance=1, global_batch_size=4)
+    seen = {int(i) for step in range(epoch.num_batches) for i in epoch.global_batch(step).instances}
+    assert len(seen) == 8
+    for before, after in zip(MemoryBank(10, 8).full(), state.criterion.bank.full(), strict=True):
+        changed = (before != after).any(dim=1).nonzero().flatten().tolist()
+        assert set(changed) == seen
+        assert torch.allclose(after.norm(dim=1), torch.ones(10), atol=1e-5)
+    restored = MemoryBank(10, 8, seed=9)
+    restore_bank(open_storage(tmp_path), latest_checkpoint(open_storage(tmp_path)), restored)
+    for ours, theirs in zip(restored.full(), state.criterion.bank.full(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_every_epoch_has_its_own_clips_also_when_resumed(small_dataset, tmp_path, monkeypatch):
+    loaded = []
+
+    class RecordingLoader(ClipLoader):
+        def __init__(self, reader, batches, clip, choice, **options):
+            visits = [batch.instances.tolist() for batch in batches]
+            loaded.append((choice.seed, choice.epoch, choice.augmentation, visits))
+            super().__init__(reader, batches, clip, choice, **options)
+
+    monkeypatch.setattr("avid_pipeline.train.trainer.ClipLoader", RecordingLoader)
+    config = settings(seed=6, augmentation={"flip": 0.25})
+    train(settings(seed=6, augmentation={"flip": 0.25}, epochs=1), str(small_dataset), str(tmp_path))
+    train(config, str(small_dataset), str(tmp_path), resume=True)
+    assert [(seed, epoch) for seed, epoch, *_ in loaded] == [(6, 0), (6, 1)]
+    assert all(augmentation.flip == 0.25 for *_, augmentation, _ in loaded)
+    assert loaded[0][3] != loaded[1][3], "another order"
+    for *_, visits in loaded:
+        assert sorted(instance for batch in visits for instance in batch) == list(range(10))
+
+
+def test_resumed_with_other_workers_equals_undisturbed(small_dataset, undisturbed, tmp_path):
+    folder, _ = undisturbed
+    train(settings(epochs=1), str(small_dataset), str(tmp_path))
+    train(settings(data=SMALL["data"] | {"workers": 3}), str(small_dataset), str(tmp_path), resume=True)
+    assert losses(tmp_path) == losses(folder)
+
+
+def test_a_finished_run_is_left_as_it_is(small_dataset, undisturbed, tmp_path):
+    folder = shutil.copytree(undisturbed[0], tmp_path / "run")
+    latest = folder / latest_checkpoint(open_storage(folder))
+    before = {path: path.read_bytes() for path in latest.rglob("*") if path.is_file()}
+    state = train(settings(), str(small_dataset), str(folder), resume=True)
+    assert state.step == 4
+    assert {path: path.read_bytes() for path in latest.rglob("*") if path.is_file()} == before
+    assert losses(folder) == losses(undisturbed[0])
+
+
+def test_a_loss_that_is_no_number_stops_the_run(small_dataset, tmp_path):
+    with pytest.raises(ConfigError, match=r"loss became (nan|inf).*optimizer\.learning_rate"):
+        train(settings(optimizer={"learning_rate": 1e30}), str(small_dataset), str(tmp_path))
+    assert latest_checkpoint(open_storage(tmp_path)) is None
+
+
+def test_a_damaged_bank_or_shard_is_one_clear_error(small_dataset, undisturbed, tmp_path):
+    folder = shutil.copytree(undisturbed[0], tmp_path / "run")
+    (folder / latest_checkpoint(open_storage(folder)) / "memory_bank.zarr" / "video" / "c" / "0" / "0").unlink()
+    with pytest.raises(CheckpointError, match=r"memory_bank\.zarr/video: some of its rows are missing"):
+        train(settings(epochs=3), str(small_dataset), str(folder), resume=True)
+    data = shutil.copytree(small_dataset, tmp_path / "data")
+    content = bytearray((data / "shard-000000.tar").read_bytes())
+    content[5000] ^= 1
+    (data / "shard-000000.tar").write_bytes(content)
+    sets = ("data.batch_size=10", "clip.crop_size=16", "loss.num_negatives=4", "model.projection=[8]")
+    words = [word for setting in sets for word in ("--set", setting)]
+    assert_clear_error(invoke("--data", data, "--output", tmp_path / "new", *words), "shard-000000.tar")
+
+
 @pytest.mark.slow
-def test_torchrun_with_two_ranks(small_dataset, tmp_path):
+def test_two_ranks_go_on_as_one(small_dataset, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(settings(epochs=1, data={"batch_size": 4, "workers": 1}).model_dump(mode="json")))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = [*launcher, "-m", "avid_pipeline.train", *command(small_dataset, tmp_path / "run")]
+    output = tmp_path / "run"
+    run = [*launcher, "-m", "avid_pipeline.train", str(file), "--data", str(small_dataset), "--output", str(output)]
     done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout
-    assert len(losses(tmp_path / "run")) == 15
-    assert load_pretrained(tmp_path / "run").video_depth == 10
+    assert load_pretrained(output).video_depth == 10
+    # Both ranks wrote their five rows of the bank, and the two saw what one rank sees.
+    alone = train(settings(epochs=1, data={"batch_size": 4, "workers": 1}), str(small_dataset), str(tmp_path / "alone"))
+    together = MemoryBank(10, 8, seed=9)
+    restore_bank(open_storage(output), latest_checkpoint(open_storage(output)), together)
+    for before, ours, theirs in zip(
+        MemoryBank(10, 8).full(), together.full(), alone.criterion.bank.full(), strict=True
+    ):
+        assert torch.equal((ours != before).any(dim=1), (theirs != before).any(dim=1))
+    resumed = train(settings(data={"batch_size": 4, "workers": 1}), str(small_dataset), str(output), resume=True)
+    assert resumed.step == 4
+    assert [step for step, _ in losses(output)] == [1, 2, 3, 4]

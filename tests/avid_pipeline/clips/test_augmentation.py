@@ -82,3 +82,90 @@ def test_key_decides():
 def test_evaluation_is_the_centre():
     crop = evaluation_augmentation(256, 340).crop
     assert (crop.height, crop.width, crop.top, crop.left) == (224, 224, 16, 58)
+
+
+def reference_boxes(count, height, width, area, ratio, seed):
+    """RandomResizedCrop written down once more, with another generator: [count, (share, ratio)]."""
+    generator = np.random.default_rng(seed)
+    boxes = []
+    for _ in range(count):
+        attempts = np.exp(generator.uniform(np.log(ratio[0]), np.log(ratio[1]), 10))
+        areas = generator.uniform(*area, 10) * height * width
+        widths, heights = np.round(np.sqrt(areas * attempts)), np.round(np.sqrt(areas / attempts))
+        fits = np.flatnonzero((widths <= width) & (heights <= height))
+        if len(fits):
+            boxes.append((heights[fits[0]], widths[fits[0]]))
+        else:
+            wanted = np.clip(width / height, *ratio)
+            boxes.append((min(height, round(width / wanted)), min(width, round(height * wanted))))
+    heights, widths = np.array(boxes).T
+    return heights * widths / (height * width), widths / heights
+
+
+@pytest.mark.parametrize("size", [(256, 340), (256, 256), (340, 256), (64, 500)], ids=str)
+def test_crops_have_the_distribution_of_an_independent_random_resized_crop(size):
+    settings, count = AugmentationSettings(area=(0.2, 1.0)), 4000
+    crops = [draw_augmentation(settings, *size, clip_generator(5, 0, i, 0)).crop for i in range(count)]
+    boxes = np.array([[crop.height, crop.width] for crop in crops])
+    share, ratio = boxes.prod(axis=1) / np.prod(size), boxes[:, 1] / boxes[:, 0]
+    for found, expected in zip(
+        (share, ratio), reference_boxes(count, *size, (0.2, 1.0), (3 / 4, 4 / 3), 99), strict=True
+    ):
+        grid = np.sort(expected)
+        distance = np.abs(
+            np.searchsorted(np.sort(found), grid, side="right") - np.searchsorted(grid, grid, side="right")
+        )
+        # Kolmogorov and Smirnov: one in a million pairs of samples of one distribution is further apart.
+        assert distance.max() / count < 2.7 * np.sqrt(2 / count)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((50, 1000), (50, 67)), ((1000, 50), (67, 50)), ((100, 110), (100, 110))], ids=str
+)
+def test_where_no_box_fits_it_is_the_largest_in_the_centre(size, expected):
+    # A share of 1 fits only a picture of an allowed ratio.
+    settings = AugmentationSettings(area=(1.0, 1.0), ratio=(3 / 4, 4 / 3))
+    for number in range(5):
+        crop = draw_augmentation(settings, *size, clip_generator(0, 0, number, 0)).crop
+        assert (crop.height, crop.width) == expected
+        assert crop.top == (size[0] - crop.height) // 2
+        assert crop.left == (size[1] - crop.width) // 2
+
+
+def test_nothing_is_changed_where_nothing_is_asked():
+    settings = AugmentationSettings(
+        area=(1.0, 1.0), flip=0, brightness=0, contrast=0, saturation=0, hue=0, volume=0, ratio=(1.0, 1.0)
+    )
+    drawn = draw_augmentation(settings, 64, 64, clip_generator(0, 0, 0, 0))
+    assert (drawn.crop.top, drawn.crop.left, drawn.crop.height, drawn.crop.width) == (0, 0, 64, 64)
+    assert not drawn.crop.flip
+    assert drawn.volume_db == 0
+    assert np.abs(drawn.colour - colour_matrix()).max() < 1e-7
+    pixels = np.random.default_rng(0).uniform(0, 255, (50, 3))
+    assert np.abs(apply(colour_matrix(), pixels) - pixels).max() < 1e-4
+    assert draw_augmentation(AugmentationSettings(flip=1), 64, 64, clip_generator(0, 0, 0, 0)).crop.flip
+
+
+def test_grey_stays_grey_under_saturation_and_hue():
+    grey = np.repeat(np.linspace(0, 255, 20)[:, None], 3, axis=1)
+    # Within one level: DALI's digits, which these are, give grey a chrominance of a thousandth.
+    assert np.abs(apply(colour_matrix(saturation=0.2, hue=0.3), grey) - grey).max() < 1
+
+
+def test_factors_are_uniform_over_their_range():
+    # Of a brightness jitter alone, the matrix scales by the factor.
+    settings = AugmentationSettings(brightness=0.4, contrast=0, saturation=0, hue=0)
+    drawn = [draw_augmentation(settings, 64, 64, clip_generator(1, 0, i, 0)).colour[0, 0] for i in range(2000)]
+    factors = np.array(drawn) / colour_matrix()[0, 0]
+    counts, _ = np.histogram(factors, bins=4, range=(0.6, 1.4))
+    assert counts.sum() == 2000
+    assert counts.min() > 430
+
+
+@pytest.mark.parametrize("size", [(256, 340), (340, 256), (51, 66)], ids=str)
+def test_evaluation_keeps_the_centre_and_the_ratio(size):
+    crop = evaluation_augmentation(*size).crop
+    assert crop.height == crop.width == pytest.approx(min(size) * 224 / 256)
+    assert crop.top + crop.height / 2 == pytest.approx(size[0] / 2)
+    assert crop.left + crop.width / 2 == pytest.approx(size[1] / 2)
+    assert not crop.flip

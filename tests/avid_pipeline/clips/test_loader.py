@@ -1,3 +1,5 @@
+import gc
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -9,10 +11,11 @@ from nvidia.dali.backend import GetSchema
 
 from avid_pipeline.clips.augmentation import Augmentation, CropBox, colour_matrix
 from avid_pipeline.clips.dali_graph import GraphSettings, build_graph, pack
-from avid_pipeline.clips.loader import ClipLoader, evaluation_batches
+from avid_pipeline.clips.loader import ClipLoader, _frame_stride, evaluation_batches
 from avid_pipeline.clips.reading import EvaluationChoice, HostClip, TrainingChoice
 from avid_pipeline.clips.settings import AugmentationSettings, ClipSettings
-from avid_pipeline.errors import ConfigError, ShardError
+from avid_pipeline.errors import ConfigError, ManifestError, ShardError
+from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
 from avid_pipeline.shards_spec.reader import open_dataset
 from avid_pipeline.streams.plan import plan
 
@@ -145,3 +148,118 @@ def test_gpu_clips_are_those_of_the_cpu(small_dataset):
     for visit, (video, audio) in on_cpu.items():
         assert (on_gpu[visit][0].cpu() - video).abs().mean() < 0.05
         assert torch.allclose(on_gpu[visit][1].cpu(), audio, atol=1e-3)
+
+
+def test_three_workers_give_the_batches_of_one(small_dataset):
+    for one, three in zip(load(small_dataset, workers=1), load(small_dataset, workers=3), strict=True):
+        assert one.keys() == three.keys() == {"video", "audio", "index", "visit", "label"}
+        for name in one:
+            assert torch.equal(one[name], three[name]), name
+
+
+def test_a_loader_can_be_read_again_and_partly(small_dataset):
+    loader = load(small_dataset)
+    first = next(iter(loader))
+    whole, again = list(loader), list(loader)
+    assert len(whole) == len(again) == len(loader)
+    for batch in (whole[0], again[0]):
+        assert torch.equal(batch["video"], first["video"])
+    # Batches that were delivered are not overwritten by those after them.
+    assert not torch.equal(whole[0]["video"], whole[1]["video"])
+
+
+def test_visits_and_epochs_differ(small_dataset):
+    clips = by_visit(load(small_dataset))
+    assert not torch.equal(clips[0, 0][0], clips[0, 1][0])
+    later = TrainingChoice(seed=0, epoch=1, augmentation=AugmentationSettings())
+    assert not torch.equal(by_visit(load(small_dataset, choice=later))[0, 0][0], clips[0, 0][0])
+
+
+def test_the_last_smaller_batch_is_kept(small_dataset):
+    batches = list(load(small_dataset, choice=EvaluationChoice(2), batches=evaluation_batches(10, 2, 6)))
+    assert [len(batch["index"]) for batch in batches] == [6, 6, 6, 2]
+    assert batches[-1]["video"].shape == (2, 3, 8, 32, 32)
+    assert batches[-1]["audio"].shape == (2, 1, 200, 257)
+    assert batches[-1]["index"].tolist() == [9, 9]
+    assert batches[-1]["visit"].tolist() == [0, 1]
+
+
+def test_ranks_divide_the_instances_evenly():
+    for count, world_size in ((10, 3), (10, 10), (2, 4)):
+        of_ranks = [evaluation_batches(count, 2, 3, rank, world_size) for rank in range(world_size)]
+        instances = [{int(i) for batch in batches for i in batch.instances} for batches in of_ranks]
+        assert sum(len(own) for own in instances) == len(set.union(*instances)) == count
+        assert max(map(len, instances)) - min(map(len, instances)) <= 1
+
+
+def test_no_batches_are_no_clips(small_dataset):
+    assert list(load(small_dataset, batches=[])) == []
+
+
+def native_threads():
+    gc.collect()
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to count DALI's own threads")
+def test_abandoned_loaders_do_not_pile_up_threads(small_dataset, tmp_path):
+    root = damage(small_dataset, tmp_path)
+
+    def leave_early():
+        iterator = iter(load(small_dataset))
+        next(iterator)
+        iterator.close()
+
+    def fail():
+        with pytest.raises(ShardError):
+            list(load(root))
+
+    leave_early()
+    fail()
+    before = native_threads()
+    for _ in range(3):
+        leave_early()
+        fail()
+    assert native_threads() <= before
+
+
+def damage(dataset, folder):
+    """A copy whose middle shard has a byte changed in every sample, so that any plan meets one."""
+    root = shutil.copytree(dataset, folder / "damaged")
+    data = bytearray((root / "shard-000001.tar").read_bytes())
+    for place in range(2000, len(data) - 2000, 1500):
+        data[place] ^= 1
+    (root / "shard-000001.tar").write_bytes(bytes(data))
+    return root
+
+
+def test_other_statistics_change_the_sound_only(small_dataset):
+    reader = open_dataset(small_dataset)
+    own = reader.manifest.spectrogram_statistics
+    other = SpectrogramStatistics(
+        mean=tuple(mean + 10 for mean in own.mean), std=tuple(2 * std + 1e-5 for std in own.std), frames=1
+    )
+    batches = evaluation_batches(10, 1, 5)
+    plain, changed = (
+        next(iter(ClipLoader(reader, batches, CLIP, EvaluationChoice(1), statistics=given, workers=1)))
+        for given in (None, other)
+    )
+    assert torch.equal(plain["video"], changed["video"])
+    std = torch.tensor(own.std)
+    assert torch.allclose(changed["audio"], (plain["audio"] - 10 / (std + 1e-5)) / 2, atol=1e-4)
+
+
+def test_data_without_sound_say_so(small_dataset):
+    reader = open_dataset(small_dataset)
+    silent = reader.manifest.model_copy(update={"spectrogram_statistics": None})
+    with pytest.raises(ManifestError, match="spectrogram_statistics"):
+        ClipLoader(type(reader)(reader.storage, silent), [], CLIP, CHOICE)
+
+
+def test_gpu_decoding_needs_a_rate_that_divides_the_stored_one(small_dataset):
+    reader = open_dataset(small_dataset)
+    assert _frame_stride(reader, ClipSettings(fps=16)) == 1
+    assert _frame_stride(reader, ClipSettings(fps=8)) == 2
+    for fps in (10, 32):
+        with pytest.raises(ConfigError, match=r"clip\.fps"):
+            _frame_stride(reader, ClipSettings(fps=fps))

@@ -111,3 +111,60 @@ def test_errors():
         epoch.rank_batch(0, 0, 3)
     with pytest.raises(PlanError, match="rank 2"):
         epoch.rank_batch(0, 2, 2)
+
+
+def visit_times(count, clips, **arguments):
+    """When each visit happens, as a share of the epoch: [count, clips], ascending in each row."""
+    epoch = plan(manifest_of([count // 20] * 20), seed=0, epoch=0, clips_per_instance=clips, **arguments)
+    line = np.concatenate([epoch.global_batch(step).instances for step in range(epoch.num_batches)])
+    assert len(line) == count * clips, "sizes in this test leave no tail"
+    order = np.argsort(line, kind="stable")
+    return order.reshape(count, clips) / len(line)
+
+
+@pytest.mark.parametrize(("count", "batch"), [(200, 20), (12_800, 256)], ids=["few", "many"])
+def test_the_visits_of_an_instance_lie_anywhere_in_the_epoch(count, batch):
+    times = visit_times(count, clips=8, global_batch_size=batch)
+    # As for independent uniform times. Pass after pass, every instance would be seen in every eighth of the epoch.
+    seen_in_first_eighth = (times < 1 / 8).any(axis=1).mean()
+    assert seen_in_first_eighth == pytest.approx(1 - (7 / 8) ** 8, abs=0.12)
+    first, last = times[:, 0].mean(), times[:, -1].mean()
+    assert first == pytest.approx(1 / 9, abs=0.04)
+    assert last == pytest.approx(8 / 9, abs=0.04)
+
+
+def test_a_rank_keeps_reading_the_same_streams():
+    # 640 instances fill 64 streams evenly; whoever owns a stream owns its ten instances in all visits.
+    epoch = plan(manifest_of([64] * 10), seed=0, epoch=0, clips_per_instance=3, global_batch_size=64)
+    of_ranks = [
+        set(np.concatenate([batch.instances for batch in epoch.rank_batches(rank, 4)]).tolist()) for rank in range(4)
+    ]
+    assert [len(instances) for instances in of_ranks] == [160] * 4
+    assert len(set.union(*of_ranks)) == 640
+
+
+def test_streams_read_runs_of_a_shard():
+    # 2 streams x 8 blocks of 500 neighbours: a stream reads one block after the other.
+    epoch = plan(
+        manifest_of([8000]),
+        seed=0,
+        epoch=0,
+        clips_per_instance=2,
+        global_batch_size=2,
+        canonical_streams=2,
+        block_size=500,
+    )
+    line = np.concatenate([epoch.global_batch(step).instances for step in range(epoch.num_batches)])
+    for stream in (line[0::2], line[1::2]):
+        runs = stream.reshape(-1, 500)
+        assert (runs.max(axis=1) - runs.min(axis=1) == 499).all()
+        assert (np.diff(runs, axis=1) != 1).any(), "shuffled within a run"
+
+
+@pytest.mark.parametrize("first", [0, 3, 5])
+def test_rank_batches_go_on_from_a_step(first):
+    epoch = plan(manifest_of([50]), seed=0, epoch=0, clips_per_instance=1, global_batch_size=10)
+    batches = epoch.rank_batches(1, 2, first)
+    assert len(batches) == 5 - first
+    for number, batch in enumerate(batches):
+        assert np.array_equal(batch.instances, epoch.rank_batch(first + number, 1, 2).instances)
