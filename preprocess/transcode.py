@@ -24,6 +24,7 @@ DEFAULT_QUALITY: dict[VideoCodec, int] = {"h264": 23, "hevc": 26, "vp9": 33, "mj
 
 _SAMPLES_PER_READ = 1 << 18
 _LAST_WORDS = 500
+_SOURCE = "avid-pipeline-source"
 
 
 def transcode(
@@ -84,7 +85,7 @@ def _command(
     video_out: Path,
 ) -> list[str]:
     # An absolute path with its protocol: no name can pass for an option or another protocol.
-    stream = ffmpeg.input(f"file:{source.absolute()}", threads=1, **INPUT_OPTIONS)
+    stream = ffmpeg.input(_SOURCE, threads=1, **INPUT_OPTIONS)
     outputs = []
     if video is not None:
         outputs.append(_video_output(stream[str(video.number)], video_parameters, video_out))
@@ -99,7 +100,8 @@ def _command(
         "-nostdin", "-hide_banner", "-loglevel", "error", "-filter_complex_threads", "1"
     )
     arguments: list[str] = merged.overwrite_output().compile(cmd=find_ffmpeg())
-    return arguments
+    # Only now the name, for ffmpeg-python hashes its arguments as UTF-8 and file names may be any bytes.
+    return [f"file:{source.absolute()}" if argument == _SOURCE else argument for argument in arguments]
 
 
 def _video_output(stream: ffmpeg.Stream, parameters: VideoParameters, out: Path) -> ffmpeg.Stream:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import av
 import pytest
@@ -68,6 +69,23 @@ def test_troubled_tree(troubled_tree, tmp_path):
     assert {reader.read(i).record.id for i in range(len(reader))} == {"-a b.c", "ünïcode 'quoted'"}
     assert validate(open_storage(tmp_path / "out")).problems == []
     assert reader.manifest.quarantined == 8
+
+
+def test_any_bytes_as_names_and_equal_names(kinetics_tree, tmp_path):
+    """File names on Linux are bytes, and two files may differ in their ending alone."""
+    folder = tmp_path / "tree" / "c"
+    folder.mkdir(parents=True)
+    good = kinetics_tree / "class 0" / "video000000.mp4"
+    for name in (b"a.mp4", b"caf\xe9.mp4"):
+        shutil.copy(good, os.fsdecode(os.fsencode(folder) + b"/" + name))
+    (folder / "a.txt").write_text("no video")
+    Path(os.fsdecode(os.fsencode(folder) + b"/leer\xe9.mp4")).touch()
+    result = run(tmp_path / "tree", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["reason"] for line in lines) == ["empty_file", "unreadable"]
+    assert len(open_dataset(tmp_path / "out")) == 2
+    assert validate(open_storage(tmp_path / "out")).problems == []
 
 
 def test_stored_video(small_dataset):
