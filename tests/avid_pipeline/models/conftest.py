@@ -1,6 +1,7 @@
 """Golden numbers of the model, and the weights and inputs they were computed with."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,18 @@ from torch import Tensor
 from avid_pipeline.models import AVModel
 
 GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+@pytest.fixture(scope="session")
+def assert_golden() -> Callable[[Tensor, np.ndarray], None]:
+    """Equal to 1e-4 of the tensor's largest value: processors add in different orders, and small values that are
+    differences of large ones cannot agree better than that."""
+
+    def check(found: Tensor, expected: np.ndarray) -> None:
+        assert tuple(found.shape) == expected.shape
+        assert np.abs(found.detach().numpy() - expected).max() < 1e-4 * np.abs(expected).max()
+
+    return check
 
 
 @pytest.fixture(scope="session")

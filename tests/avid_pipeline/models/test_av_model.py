@@ -1,16 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from avid_pipeline.errors import ConfigError
 from avid_pipeline.models import AVModel
 from avid_pipeline.models.audio import AUDIO_LAYERS
 from avid_pipeline.models.video import VIDEO_LAYERS
-
-
-def assert_golden(found: Tensor, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_state_dict_has_the_published_names_and_shapes(published_shapes):
@@ -19,14 +14,14 @@ def test_state_dict_has_the_published_names_and_shapes(published_shapes):
 
 
 @torch.no_grad()
-def test_embeddings_in_evaluation_mode(golden_model, golden_inputs, golden):
+def test_embeddings_in_evaluation_mode(golden_model, golden_inputs, golden, assert_golden):
     video_emb, audio_emb = golden_model(*golden_inputs)
     assert_golden(video_emb, golden["video_emb_eval"])
     assert_golden(audio_emb, golden["audio_emb_eval"])
 
 
 @torch.no_grad()
-def test_embeddings_in_training_mode(golden_model, golden_inputs, golden):
+def test_embeddings_in_training_mode(golden_model, golden_inputs, golden, assert_golden):
     video_emb, audio_emb = golden_model.train()(*golden_inputs)
     assert_golden(video_emb, golden["video_emb_train"])
     assert_golden(audio_emb, golden["audio_emb_train"])
@@ -34,7 +29,7 @@ def test_embeddings_in_training_mode(golden_model, golden_inputs, golden):
 
 @torch.no_grad()
 @pytest.mark.parametrize("modality", ["video", "audio"])
-def test_layer_features(modality, golden_model, golden_inputs, golden):
+def test_layer_features(modality, golden_model, golden_inputs, golden, assert_golden):
     network, names, clips = {
         "video": (golden_model.video_model, VIDEO_LAYERS, golden_inputs[0]),
         "audio": (golden_model.audio_model, AUDIO_LAYERS, golden_inputs[1]),
