@@ -7,6 +7,7 @@ plus its place in the shard*.
 import hashlib
 import json
 from bisect import bisect_right
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -20,9 +21,13 @@ from avid_pipeline.shards_spec.storage import Storage
 SPEC_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 QUARANTINE_NAME = "quarantine.jsonl"
+# The subset of samples with sound, in a data set where some have none.
+WITH_AUDIO = "with-audio"
 
 Modality = Literal["video", "audio"]
 VideoCodec = Literal["h264", "hevc", "vp9", "mjpeg", "copy"]
+Tune = Literal["none", "film", "animation", "grain", "fastdecode"]
+Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 
 
 class Record(BaseModel):
@@ -40,7 +45,8 @@ class VideoParameters(Record):
         short_side: the shorter side is at most this many pixels (never upscaled, even).
         gop: frames from one key frame to the next.
         quality: constant rate factor for h264, hevc and vp9 (smaller is better); quantiser for mjpeg.
-        preset: the encoder's speed preset, for codecs that have one.
+        preset: the encoder's speed preset, for h264 and hevc.
+        tune: what h264's encoder is tuned for; ``none`` for nothing.
     """
 
     codec: VideoCodec = "h264"
@@ -48,7 +54,8 @@ class VideoParameters(Record):
     short_side: int = Field(256, ge=16, le=4096)
     gop: int = Field(8, ge=1, le=600)
     quality: int = Field(23, ge=0, le=63)
-    preset: str = "veryfast"
+    preset: Preset = "veryfast"
+    tune: Tune = "fastdecode"
 
 
 class AudioParameters(Record):
@@ -134,6 +141,8 @@ class Manifest(Record):
         spectrogram_statistics: None where there is no sound.
         shards: in the order of their first index.
         quarantined: how many sources did not become samples.
+        subsets: name to half-open ranges of instance indices, ascending and apart, for example a fold's part; a data
+            set where some samples lack sound has ``with-audio``.
     """
 
     spec_version: Literal[1] = SPEC_VERSION
@@ -146,6 +155,7 @@ class Manifest(Record):
     spectrogram_statistics: SpectrogramStatistics | None
     shards: tuple[ShardInfo, ...]
     quarantined: int = Field(ge=0)
+    subsets: dict[str, tuple[tuple[int, int], ...]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
@@ -162,6 +172,13 @@ class Manifest(Record):
                 f"parameters_fingerprint: expected {found}, found {self.parameters_fingerprint}: "
                 "the parameters were changed by hand"
             )
+        for name, ranges in self.subsets.items():
+            edges = [edge for pair in ranges for edge in pair]
+            if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] < edges[-1] <= self.num_samples):
+                raise ValueError(
+                    f"subsets.{name}: expected ascending ranges of indices within 0 to {self.num_samples}, "
+                    "not touching each other"
+                )
         return self
 
     @property
@@ -184,9 +201,32 @@ class Manifest(Record):
         place = bisect_right(self.shards, index, key=lambda shard: shard.first_index) - 1
         return self.shards[place], index - self.shards[place].first_index
 
+    def subset_indices(self, name: str) -> npt.NDArray[np.int64]:
+        """The instance indices of a named subset, int64 [n], ascending.
+
+        Raises:
+            ManifestError: there is no subset of that name.
+        """
+        if name not in self.subsets:
+            known = ", ".join(sorted(self.subsets)) or "none"
+            raise ManifestError(f"subset {name}: this data set has no such subset; it has: {known}")
+        ranges = [np.arange(start, stop, dtype=np.int64) for start, stop in self.subsets[name]]
+        return np.concatenate(ranges) if ranges else np.empty(0, dtype=np.int64)
+
     def to_json(self) -> bytes:
         """UTF-8 JSON, stable to the byte."""
         return (json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def index_ranges(indices: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending instance indices as the half-open ranges of :attr:`Manifest.subsets`."""
+    ranges: list[tuple[int, int]] = []
+    for index in indices:
+        if ranges and ranges[-1][1] == index:
+            ranges[-1] = (ranges[-1][0], index + 1)
+        else:
+            ranges.append((index, index + 1))
+    return tuple(ranges)
 
 
 def fingerprint(value: Any) -> str:

@@ -3,7 +3,9 @@
 import io
 import os
 import tokenize
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import lru_cache
 
 import numpy as np
@@ -11,11 +13,14 @@ import numpy.typing as npt
 
 from avid_pipeline.shards_spec.errors import SampleError, ShardError
 from avid_pipeline.shards_spec.manifest import Manifest, ShardInfo, read_manifest
+from avid_pipeline.shards_spec.parallel import in_threads
 from avid_pipeline.shards_spec.sample import (
+    MEMBERS,
     RECORD_MEMBER,
     SPECTROGRAM_MEMBER,
     VIDEO_MEMBER,
     Sample,
+    SampleRecord,
     parse_record,
 )
 from avid_pipeline.shards_spec.shard_file import ShardIndex, load_index
@@ -23,6 +28,7 @@ from avid_pipeline.shards_spec.spectrogram import NUM_FREQUENCIES, FloatArray, d
 from avid_pipeline.shards_spec.storage import Storage, open_storage
 
 _CACHED_INDICES = 64
+_FINDING_THREADS = 16
 
 
 class ShardReader:
@@ -73,6 +79,16 @@ class ShardReader:
         data = self.storage.read_range(shard.name, *tar_index.span(place))
         return self._assemble(shard, tar_index, place, data)
 
+    def read_members(self, shard: ShardInfo, place: int) -> dict[str, bytes]:
+        """The members of a sample as they are in the shard, by name, in one ranged read.
+
+        Raises:
+            ShardError: the sample's bytes are damaged, or it has no record.
+        """
+        tar_index = self.index_of(shard)
+        data = self.storage.read_range(shard.name, *tar_index.span(place))
+        return self._split(shard, tar_index, place, data)
+
     def read_shard(self, shard: ShardInfo, places: Iterable[int] | None = None) -> Iterator[Sample]:
         """The samples of a shard in the order of ``places`` (all, in order, by default).
 
@@ -94,12 +110,67 @@ class ShardReader:
                     )
                 yield self._assemble(shard, tar_index, place, data)
 
-    def _assemble(self, shard: ShardInfo, tar_index: ShardIndex, place: int, data: bytes) -> Sample:
+    def read_records(self, shard: ShardInfo, places: Sequence[int] | None = None) -> list[SampleRecord]:
+        """The records of samples of a shard (all by default), without their videos and spectrograms.
+
+        Raises:
+            ShardError: a record's bytes are damaged, or a sample has none.
+            SampleError: a record is not valid.
+        """
+        tar_index = self.index_of(shard)
+        where, column = self.storage.url_of(shard.name), MEMBERS.index(RECORD_MEMBER)
+        chosen = list(range(shard.samples) if places is None else places)
+        for place in chosen:
+            if tar_index.sizes[place, column] < 0:
+                raise ShardError(f"{where}: {tar_index.keys[place]}: has no {RECORD_MEMBER} member")
+        starts = [int(tar_index.offsets[place, column]) for place in chosen]
+        lengths = [int(tar_index.sizes[place, column]) for place in chosen]
+        records = []
+        for place, start, data in zip(
+            chosen, starts, self.storage.read_ranges(shard.name, starts, lengths), strict=True
+        ):
+            key = tar_index.keys[place]
+            if zlib.crc32(data) != tar_index.crc32[place, column]:
+                raise ShardError(
+                    f"{where}: {key}.{RECORD_MEMBER}: bytes {start} to {start + len(data)} do not have the checksum "
+                    "of the index; the shard is damaged: copy or build it again"
+                )
+            records.append(parse_record(data, f"{where}: {key}"))
+        return records
+
+    def find(self, key: str) -> int:
+        """The instance index of the sample with a key.
+
+        The manifest does not list keys: the shards' indices are read in order, many at once, until one has it.
+
+        Raises:
+            SampleError: no sample has this key.
+            ShardError: an index is damaged.
+        """
+
+        def look(shard: ShardInfo) -> int | None:
+            keys = load_index(self.storage, shard.index_name).keys
+            return shard.first_index + keys.index(key) if key in keys else None
+
+        with closing(in_threads(look, self.manifest.shards, _FINDING_THREADS)) as found:
+            for index in found:
+                if index is not None:
+                    return index
+        raise SampleError(
+            f"{self.storage.url}: no sample has the key {key!r} ({len(self)} samples in {len(self.manifest.shards)} "
+            "shards were looked through); a key is the name before a member's first dot, as `tar t` lists it"
+        )
+
+    def _split(self, shard: ShardInfo, tar_index: ShardIndex, place: int, data: bytes) -> dict[str, bytes]:
         where = self.storage.url_of(shard.name)
         members = tar_index.split(place, data, where)
         if RECORD_MEMBER not in members:
             raise ShardError(f"{where}: {tar_index.keys[place]}: has no {RECORD_MEMBER} member")
-        record = parse_record(members[RECORD_MEMBER], f"{where}: {tar_index.keys[place]}")
+        return members
+
+    def _assemble(self, shard: ShardInfo, tar_index: ShardIndex, place: int, data: bytes) -> Sample:
+        members = self._split(shard, tar_index, place, data)
+        record = parse_record(members[RECORD_MEMBER], f"{self.storage.url_of(shard.name)}: {tar_index.keys[place]}")
         return Sample(record, members.get(VIDEO_MEMBER), members.get(SPECTROGRAM_MEMBER))
 
 

@@ -77,6 +77,7 @@ class SampleRecord(Record):
         video: None where the data set has no picture.
         audio: None where the data set has no sound.
         original: what the source was like.
+        segment: start and end, in seconds of the source, of the part that was converted; None for all of it.
     """
 
     key: str
@@ -88,6 +89,7 @@ class SampleRecord(Record):
     video: VideoRecord | None
     audio: AudioRecord | None
     original: OriginalRecord
+    segment: tuple[float, float] | None = None
 
     def to_json(self) -> bytes:
         """UTF-8 JSON in one line, stable to the byte."""

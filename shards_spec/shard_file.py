@@ -5,6 +5,7 @@ import io
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -151,7 +152,7 @@ class ShardWriter:
         self._partial = path.with_name(path.name + _TEMPORARY_SUFFIX)
         self._file = _HashingFile(self._partial.open("wb"))
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
-        self._keys: list[str] = []
+        self._keys: dict[str, None] = {}
         self._rows: list[list[tuple[int, int, int]]] = []
         self._finished = False
 
@@ -161,25 +162,38 @@ class ShardWriter:
         Raises:
             ManifestError: its key is invalid or was used before in this shard.
         """
-        key = sample.record.key
+        self.add_members(sample.record.key, sample.members())
+
+    def add_members(self, key: str, members: Mapping[str, bytes | Path]) -> None:
+        """Append a sample by its members, whose contents are bytes or, for large ones, files.
+
+        Raises:
+            ManifestError: the key is invalid or was used before in this shard.
+        """
         if not is_valid_key(key):
             raise ManifestError(f"key {key!r}: expected letters, digits, '_' and '-' only (see assign_keys)")
         if key in self._keys:
             raise ManifestError(f"key {key!r}: is in this shard already; keys are unique in a data set")
-        members = sample.members()
         row = []
         for name in MEMBERS:
             content = members.get(name)
             if content is None:
                 row.append((-1, -1, 0))
-                continue
-            info = tarfile.TarInfo(f"{key}.{name}")
-            info.size, info.mode, info.mtime = len(content), 0o644, 0
-            self._tar.addfile(info, io.BytesIO(content))
-            padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            row.append((self._file.position - padded, len(content), zlib.crc32(content)))
-        self._keys.append(key)
+            elif isinstance(content, Path):
+                with content.open("rb") as file:
+                    row.append(self._add_member(f"{key}.{name}", file, content.stat().st_size))
+            else:
+                row.append(self._add_member(f"{key}.{name}", io.BytesIO(content), len(content)))
+        self._keys[key] = None
         self._rows.append(row)
+
+    def _add_member(self, name: str, content: BinaryIO, size: int) -> tuple[int, int, int]:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.mtime = size, 0o644, 0
+        reader = _ChecksummingReader(content)
+        self._tar.addfile(info, reader)
+        padded = -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        return self._file.position - padded, size, reader.crc32
 
     def finish(self) -> FinishedShard:
         """Close the tar and give it its name."""
@@ -205,6 +219,19 @@ class ShardWriter:
         if not self._finished:
             self._file.close()
             self._partial.unlink(missing_ok=True)
+
+
+class _ChecksummingReader:
+    """Passes reads on and keeps their CRC-32, so that a member of any size is read once."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.crc32 = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return data
 
 
 class _HashingFile:

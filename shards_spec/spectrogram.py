@@ -19,7 +19,8 @@ CEILING_DB = 60.0
 NUM_FREQUENCIES = 257
 CODE_STEP_DB = (CEILING_DB - FLOOR_DB) / 255
 
-_BLOCK_FRAMES = 512
+# Small enough for the processor's cache: blocks of 512 frames took three times as long.
+_BLOCK_FRAMES = 128
 
 SpectrogramStorage = Literal["uint8", "float16"]
 FloatArray = npt.NDArray[np.float32]

@@ -1,26 +1,27 @@
 """Checking a data set against the specification: everything is read once, every problem is named."""
 
-import hashlib
-import tarfile
-import zlib
+import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import IO, BinaryIO
 
-from avid_pipeline.shards_spec.errors import AvidPipelineError, SampleError
-from avid_pipeline.shards_spec.manifest import Manifest, ShardInfo
-from avid_pipeline.shards_spec.reader import ShardReader, stored_spectrogram
-from avid_pipeline.shards_spec.sample import (
-    MEMBERS,
-    RECORD_MEMBER,
-    SPECTROGRAM_MEMBER,
-    VIDEO_MEMBER,
-    SampleRecord,
-    is_valid_key,
-    parse_record,
+from avid_pipeline.shards_spec.deep_validation import SpectrogramSums, statistics_problems
+from avid_pipeline.shards_spec.manifest import (
+    MANIFEST_NAME,
+    QUARANTINE_NAME,
+    WITH_AUDIO,
+    Manifest,
+    ShardInfo,
+    index_ranges,
+    read_manifest,
 )
-from avid_pipeline.shards_spec.shard_file import ShardIndex
+from avid_pipeline.shards_spec.parallel import in_processes
+from avid_pipeline.shards_spec.shard_validation import ShardCheck, ShardFindings, check_shard
+from avid_pipeline.shards_spec.spectrogram import CEILING_DB, FLOOR_DB
 from avid_pipeline.shards_spec.storage import Storage
+
+# Below this, starting processes takes longer than hashing.
+_WORTH_PROCESSES = 256 << 20
 
 
 @dataclass
@@ -38,167 +39,130 @@ class ValidationReport:
     problems: list[str] = field(default_factory=list)
 
 
-def validate(storage: Storage, on_shard: Callable[[ShardInfo], object] | None = None) -> ValidationReport:
+def validate(
+    storage: Storage,
+    on_shard: Callable[[ShardInfo], object] | None = None,
+    *,
+    deep: bool = False,
+    workers: int = 1,
+    on_sample: Callable[[], object] = lambda: None,
+) -> ValidationReport:
     """Check every shard of a data set: checksums, counts, index, records and shapes.
+
+    A worker holds one sample at a time, whatever the size of a shard. Shards are shared out over workers, so that no
+    more of them are busy than there are shards.
 
     Args:
         storage: the root.
         on_shard: called after each shard, for progress.
+        deep: decode every frame of every video and look at every spectrogram value, too.
+        workers: number of processes.
+        on_sample: called after each sample, for progress.
 
     Raises:
         StorageError: the root cannot be read.
         ManifestError: the manifest is missing or invalid; nothing can be checked then.
+        AvidPipelineError: a worker process died.
     """
-    reader = ShardReader(storage)
-    report = ValidationReport()
-    seen: dict[str, str] = {}
-    for shard in reader.manifest.shards:
-        for key in _validate_shard(reader, shard, report):
-            if key.casefold() in seen:
-                report.problems.append(f"{shard.name}: key {key} was used in {seen[key.casefold()]} (case ignored)")
-            seen[key.casefold()] = shard.name
+    manifest = read_manifest(storage)
+    checks = [
+        ShardCheck(storage, shard, manifest.parameters, manifest.modalities, len(manifest.classes), deep)
+        for shard in manifest.shards
+    ]
+    if not deep and sum(shard.bytes for shard in manifest.shards) < _WORTH_PROCESSES:
+        workers = 1
+    findings = []
+    for found in in_processes(check_shard, checks, workers, on_sample, lambda check: check.shard.name):
+        findings.append(found)
         if on_shard is not None:
-            on_shard(shard)
+            on_shard(found.shard)
+    findings.sort(key=lambda found: found.shard.first_index)
+    report = ValidationReport(sum(len(found.keys) for found in findings), sum(found.bytes for found in findings))
+    report.problems += [problem for found in findings for problem in found.problems]
+    report.problems += _repeated_keys(findings)
+    report.problems += _quarantine_problems(storage, manifest)
+    report.problems += _statistics_problems(manifest, findings, deep)
+    report.problems += _with_audio_problems(manifest, findings)
     return report
 
 
-def _validate_shard(reader: ShardReader, shard: ShardInfo, report: ValidationReport) -> list[str]:
-    """Check one shard in one pass over its bytes; return the keys found in it."""
-    try:
-        index: ShardIndex | None = reader.index_of(shard)
-    except AvidPipelineError as error:
-        report.problems.append(str(error))
-        index = None
-    keys: list[str] = []
-    try:
-        with reader.storage.open(shard.name) as raw:
-            file = _HashingReader(raw)
-            try:
-                for key, members in _samples(file):
-                    place = len(keys)
-                    keys.append(key)
-                    report.problems += _sample_problems(shard, index, place, key, members, reader.manifest)
-            except (tarfile.TarError, EOFError) as error:
-                report.problems.append(f"{shard.name}: the tar is damaged after {len(keys)} samples: {error}")
-            file.drain()
-    except AvidPipelineError as error:
-        report.problems.append(str(error))
-        return keys
-    if file.count != shard.bytes:
-        report.problems.append(f"{shard.name}: expected {shard.bytes} bytes, found {file.count}")
-    if file.hexdigest() != shard.sha256:
-        report.problems.append(f"{shard.name}: sha256: expected {shard.sha256}, found {file.hexdigest()}")
-    if len(keys) != shard.samples:
-        report.problems.append(f"{shard.name}: expected {shard.samples} samples, found {len(keys)}")
-    report.samples += len(keys)
-    report.bytes += file.count
-    return keys
+def _repeated_keys(findings: list[ShardFindings]) -> Iterator[str]:
+    seen: dict[str, str] = {}
+    for found in findings:
+        for key in found.keys:
+            if key.casefold() in seen:
+                yield f"{found.shard.name}: key {key} was used in {seen[key.casefold()]} (case ignored)"
+            seen[key.casefold()] = found.shard.name
 
 
-def _samples(file: "_HashingReader") -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
-    """Samples of a tar in order: key, and member name to (offset, content)."""
-    current = ""
-    members: dict[str, tuple[int, bytes]] = {}
-    with tarfile.open(fileobj=file, mode="r|") as tar:  # type: ignore[call-overload]
-        for info in tar:
-            key, _, member = info.name.partition(".")
-            if members and key != current:
-                yield current, members
-                members = {}
-            content = tar.extractfile(info)
-            current = key
-            members[member] = (info.offset_data, content.read() if content is not None else b"")
-    if members:
-        yield current, members
-
-
-def _sample_problems(
-    shard: ShardInfo,
-    index: ShardIndex | None,
-    place: int,
-    key: str,
-    members: dict[str, tuple[int, bytes]],
-    manifest: Manifest,
-) -> Iterator[str]:
-    where = f"{shard.name}: {key}"
-    if not is_valid_key(key):
-        yield f"{where}: the key has invalid characters"
-    yield from (f"{where}: unknown member {name}" for name in members if name not in MEMBERS)
-    expected = {RECORD_MEMBER} | ({VIDEO_MEMBER} if "video" in manifest.modalities else set())
-    expected |= {SPECTROGRAM_MEMBER} if "audio" in manifest.modalities else set()
-    yield from (f"{where}: member {name} is missing" for name in sorted(expected - members.keys()))
-    if index is not None:
-        yield from _index_problems(where, index, place, key, members)
-    if RECORD_MEMBER not in members:
+def _quarantine_problems(storage: Storage, manifest: Manifest) -> Iterator[str]:
+    if not storage.exists(QUARANTINE_NAME):
+        if manifest.quarantined:
+            yield f"{QUARANTINE_NAME}: does not exist, expected {manifest.quarantined} lines as in the manifest"
         return
-    try:
-        record = parse_record(members[RECORD_MEMBER][1], where)
-    except SampleError as error:
-        yield str(error)
-        return
-    yield from _record_problems(where, key, record, members, manifest)
-
-
-def _index_problems(
-    where: str, index: ShardIndex, place: int, key: str, members: dict[str, tuple[int, bytes]]
-) -> Iterator[str]:
-    if place >= len(index) or index.keys[place] != key:
-        yield f"{where}: the index has another key at place {place}"
-        return
-    for column, name in enumerate(MEMBERS):
-        offset, content = members.get(name, (-1, b""))
-        size = len(content) if name in members else -1
-        in_index = (int(index.offsets[place, column]), int(index.sizes[place, column]))
-        if in_index != (offset, size):
-            yield f"{where}.{name}: the index says offset and size {in_index}, the tar {(offset, size)}"
-        elif size >= 0 and zlib.crc32(content) != index.crc32[place, column]:
-            yield f"{where}.{name}: bytes {offset} to {offset + size} are damaged (checksum differs)"
-
-
-def _record_problems(
-    where: str,
-    key: str,
-    record: SampleRecord,
-    members: dict[str, tuple[int, bytes]],
-    manifest: Manifest,
-) -> Iterator[str]:
-    if record.key != key:
-        yield f"{where}: the record has key {record.key}"
-    for label in record.labels:
-        if not 0 <= label < len(manifest.classes):
-            yield f"{where}: label {label}: expected 0 to {len(manifest.classes) - 1}"
-    for name, part in ((VIDEO_MEMBER, record.video), (SPECTROGRAM_MEMBER, record.audio)):
-        if (part is None) != (name not in members):
-            yield f"{where}: the record and the members disagree about {name}"
-    if record.audio is not None and SPECTROGRAM_MEMBER in members:
+    count = 0
+    for line in _lines(storage):
+        count += 1
         try:
-            codes = stored_spectrogram(members[SPECTROGRAM_MEMBER][1], where)
-        except SampleError as error:
-            yield str(error)
-            return
-        if len(codes) != record.audio.frames:
-            yield f"{where}: spectrogram: expected {record.audio.frames} frames, found {len(codes)}"
-        if codes.dtype != manifest.parameters.audio.storage:
-            yield f"{where}: spectrogram: expected {manifest.parameters.audio.storage}, found {codes.dtype}"
+            entry = json.loads(line)
+        except ValueError as error:
+            yield f"{QUARANTINE_NAME}: line {count} is not JSON: {error}"
+            continue
+        fields = ("source", "reason", "detail")
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in fields):
+            yield f"{QUARANTINE_NAME}: line {count}: expected an object with the texts {', '.join(fields)}"
+    if count != manifest.quarantined:
+        yield f"{QUARANTINE_NAME}: expected {manifest.quarantined} lines as in the manifest, found {count}"
 
 
-class _HashingReader:
-    """Hashes and counts what is read, so that checksum and structure take one pass."""
+def _lines(storage: Storage) -> Iterator[bytes]:
+    rest = b""
+    for piece in storage.chunks(QUARANTINE_NAME):
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
 
-    def __init__(self, file: BinaryIO | IO[bytes]) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-        self.count = 0
 
-    def read(self, size: int = -1) -> bytes:
-        data = bytes(self._file.read(size))
-        self._hash.update(data)
-        self.count += len(data)
-        return data
+def _statistics_problems(manifest: Manifest, findings: list[ShardFindings], deep: bool) -> Iterator[str]:
+    statistics, where = manifest.spectrogram_statistics, f"{MANIFEST_NAME}: spectrogram_statistics"
+    frames = sum(found.audio_frames for found in findings)
+    if statistics is None:
+        if frames:
+            yield f"{where}: expected those of {frames} spectrogram frames, found null"
+        return
+    if statistics.frames != frames:
+        yield f"{where}.frames: expected {frames} as in the shards, found {statistics.frames}"
+    span = CEILING_DB - FLOOR_DB
+    for name, values, least, most in (
+        ("mean", statistics.mean, FLOOR_DB, CEILING_DB),
+        ("std", statistics.std, 0.0, span / 2),
+    ):
+        for place, value in enumerate(values):
+            if not (math.isfinite(value) and least <= value <= most):
+                yield f"{where}.{name}: expected {least:g} to {most:g} dB, found {value} at frequency {place}"
+                break
+    sums = SpectrogramSums()
+    for found in findings:
+        sums.add(found.sums)
+    if deep and sums.frames == statistics.frames:
+        yield from statistics_problems(statistics, sums)
 
-    def drain(self) -> None:
-        while self.read(1 << 20):
-            pass
 
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
+def _with_audio_problems(manifest: Manifest, findings: list[ShardFindings]) -> Iterator[str]:
+    """Samples may have sound that the manifest does not promise; a subset must list exactly those then."""
+    if any(len(found.keys) != found.shard.samples for found in findings):
+        return  # The places of samples are not known; that was named already.
+    with_audio = [index for found in findings for index in found.with_audio]
+    where = f"{MANIFEST_NAME}: subsets.{WITH_AUDIO}"
+    if WITH_AUDIO not in manifest.subsets:
+        if with_audio and "audio" not in manifest.modalities:
+            yield f"{where}: is missing, though {len(with_audio)} samples have sound"
+        return
+    if manifest.subsets[WITH_AUDIO] != index_ranges(with_audio):
+        listed = set(manifest.subset_indices(WITH_AUDIO).tolist())
+        wrong = sorted(listed.symmetric_difference(with_audio))
+        state = "is listed but has no sound" if wrong[0] in listed else "has sound but is not listed"
+        yield f"{where}: expected the {len(with_audio)} samples that have sound, found {len(listed)}; " + (
+            f"the first difference is instance {wrong[0]}, which {state}"
+        )

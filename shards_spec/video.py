@@ -16,6 +16,18 @@ _CLOCK_TOLERANCE = Fraction(1, 2000)
 
 
 def decode_frames(data: bytes, first: int, count: int, fps: float, where: str) -> npt.NDArray[np.uint8]:
+    """Decode consecutive frames to RGB; see :func:`select_frames`.
+
+    Returns:
+        uint8 RGB frames_THWC with T <= count; fewer only where the video ends.
+
+    Raises:
+        DecodeError: the data is no video, or not one frame could be decoded.
+    """
+    return np.stack([_rgb(frame) for frame in select_frames(data, first, count, fps, where)])
+
+
+def select_frames(data: bytes, first: int, count: int, fps: float, where: str) -> list[av.VideoFrame]:
     """Decode consecutive frames, seeking to the key frame before them.
 
     Frame ``i`` is the one shown ``i / fps`` seconds after the video's first frame, so that videos of another or of
@@ -29,16 +41,18 @@ def decode_frames(data: bytes, first: int, count: int, fps: float, where: str) -
         where: shard and key, for messages.
 
     Returns:
-        uint8 RGB frames_THWC with T <= count; fewer only where the video ends.
+        At most ``count`` frames, as coded; fewer only where the video ends. A frame that is shown at several
+        instants is there several times.
 
     Raises:
         DecodeError: the data is no video, or not one frame could be decoded.
     """
     rate = Fraction(fps).limit_denominator(1001)
-    frames: list[npt.NDArray[np.uint8]] = []
+    frames: list[av.VideoFrame] = []
     shown: av.VideoFrame | None = None
     try:
-        with av.open(io.BytesIO(data), mode="r") as container:
+        # The format is given, for a playlist that poses as a video could open other files.
+        with av.open(io.BytesIO(data), mode="r", format="mp4") as container:
             if not container.streams.video:
                 raise DecodeError(f"{where}: expected a video stream, found none")
             stream = container.streams.video[0]
@@ -48,9 +62,9 @@ def decode_frames(data: bytes, first: int, count: int, fps: float, where: str) -
             for frame in _frames_from(container, stream, origin, origin + int(first / rate / tick)):
                 instant = ((frame.pts or 0) - origin) * tick
                 while len(frames) < count and (first + len(frames)) / rate < instant - _CLOCK_TOLERANCE:
-                    frames.append(_rgb(shown or frame))
+                    frames.append(shown or frame)
                 if len(frames) < count and (first + len(frames)) / rate <= instant + _CLOCK_TOLERANCE:
-                    frames.append(_rgb(frame))
+                    frames.append(frame)
                 if len(frames) == count:
                     break
                 shown = frame
@@ -58,12 +72,12 @@ def decode_frames(data: bytes, first: int, count: int, fps: float, where: str) -
             if shown is not None and shown.pts is not None:
                 end = (shown.pts + (shown.duration or 0) - origin) * tick
                 while len(frames) < count and (first + len(frames)) / rate < end - _CLOCK_TOLERANCE:
-                    frames.append(_rgb(shown))
+                    frames.append(shown)
     except av.FFmpegError as error:
         raise DecodeError(f"{where}: video cannot be decoded: {error}") from error
     if not frames:
         raise DecodeError(f"{where}: expected frames from number {first} on, found none")
-    return np.stack(frames)
+    return frames
 
 
 def _frames_from(

@@ -1,6 +1,8 @@
 """Fixtures that several rooms share: real files, made by ffmpeg."""
 
 import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from avid_pipeline.preprocess.job import run_job
 from avid_pipeline.preprocess.sources.kinetics import list_kinetics
 from avid_pipeline.shards_spec.manifest import Parameters, VideoParameters
 
+_ACCESS = {"aws_access_key_id": "anyone", "aws_secret_access_key": "anything"}
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -72,3 +75,43 @@ def real_clips() -> Path:
     if not clips.is_dir():
         pytest.skip("the real clips are not beside this checkout")
     return clips
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """An S3 bucket on a real HTTP server: its URL, and the options to open it."""
+
+    url: str
+    options: dict[str, str] = field(repr=False)
+
+    @property
+    def arguments(self) -> list[str]:
+        """The options for a command line."""
+        return [part for key, value in self.options.items() for part in ("--storage-option", f"{key}={value}")]
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """Address of an S3 server that ends with the tests."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def make_bucket(s3_endpoint: str) -> Callable[[], Bucket]:
+    """Makes empty S3 buckets."""
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=s3_endpoint, region_name="us-east-1", **_ACCESS)
+
+    def make() -> Bucket:
+        name = f"bucket-{len(client.list_buckets()['Buckets'])}"
+        client.create_bucket(Bucket=name)
+        return Bucket(f"s3://{name}", {"aws_endpoint": s3_endpoint, "aws_region": "us-east-1", **_ACCESS})
+
+    return make
