@@ -1,30 +1,45 @@
-"""``avid-preprocess``: from raw videos to shards."""
+"""``avid-preprocess``: from raw videos to shards.
 
-import os
+Files that cannot be converted are listed with their reason in OUT/quarantine.jsonl. An interrupted run goes on where
+it stopped when the same command is given again.
+"""
+
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
-from pydantic import ValidationError
-from tabulate import tabulate
-from tqdm import tqdm
 
-from avid_pipeline.preprocess.executors.local import LocalExecutor
-from avid_pipeline.preprocess.job import JobResult, run_job
-from avid_pipeline.preprocess.quarantine import count_reasons
+from avid_pipeline.preprocess.options import converting
 from avid_pipeline.preprocess.sources.base import SourceList
-from avid_pipeline.preprocess.sources.kinetics import list_kinetics
-from avid_pipeline.preprocess.transcode import DEFAULT_QUALITY
 from avid_pipeline.shards_spec.command_line import FriendlyCommand, FriendlyGroup
-from avid_pipeline.shards_spec.manifest import QUARANTINE_NAME, Parameters, describe_validation_error
+from avid_pipeline.shards_spec.manifest import Modality
 
-_DEFAULTS = Parameters()
+_MODALITIES: dict[str, tuple[Modality, ...]] = {
+    "video,audio": ("video", "audio"),
+    "video": ("video",),
+    "audio": ("audio",),
+}
+
+
+_modalities = click.option(
+    "--modalities",
+    default="video,audio",
+    show_default=True,
+    type=click.Choice(sorted(_MODALITIES, key=len, reverse=True)),
+    help="What to convert of each file.",
+)
 
 
 @click.group(cls=FriendlyGroup)
 @click.version_option(package_name="avid-pipeline")
 def main() -> None:
-    """Convert raw videos to shards of short-GOP video and log spectrograms (specification version 1)."""
+    """Convert raw videos to shards of short-GOP video and log spectrograms (specification version 1).
+
+    Sources and OUT may be folders or URLs (s3://, gs://, az://, and https:// for sources). Files that cannot be
+    converted are listed with their reason in OUT/quarantine.jsonl; exit code 3 says that they were too many. An
+    interrupted run goes on where it stopped when the same command is given again.
+    """
 
 
 @main.command(cls=FriendlyCommand)
@@ -41,101 +56,89 @@ def demo(out: Path, instances: int, seed: int, workers: int | None) -> None:
 
 
 @main.command(cls=FriendlyCommand)
-@click.argument("src", type=click.Path(path_type=Path))
-@click.argument("out")
+@click.argument("src")
 @click.option("--split", default="train", show_default=True, help="What this part of the data set is called.")
-@click.option("--samples-per-shard", default=_DEFAULTS.samples_per_shard, show_default=True, help="Shard size.")
-@click.option("--shuffle-seed", default=0, show_default=True, help="Seed of the order of samples over shards.")
-@click.option(
-    "--codec",
-    default=_DEFAULTS.video.codec,
-    show_default=True,
-    type=click.Choice(sorted(DEFAULT_QUALITY)),
-    help="Of the stored video; copy keeps the source's stream, with its frame rate and size.",
-)
-@click.option("--fps", default=_DEFAULTS.video.fps, show_default=True, help="Frames a second of the stored video.")
-@click.option("--short-side", default=_DEFAULTS.video.short_side, show_default=True, help="Pixels, at most.")
-@click.option("--gop", default=_DEFAULTS.video.gop, show_default=True, help="Frames between key frames.")
-@click.option("--quality", type=int, help="Constant rate factor, smaller is better.  [default: by codec]")
-@click.option("--preset", default=_DEFAULTS.video.preset, show_default=True, help="Speed of the h264 and hevc encoder.")
-@click.option(
-    "--spectrogram-dtype",
-    default=_DEFAULTS.audio.storage,
-    show_default=True,
-    type=click.Choice(["uint8", "float16"]),
-    help="Of the stored spectrograms.",
-)
-@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one for each core]")
-@click.option("--overwrite", is_flag=True, help="Start anew where OUT holds another conversion.")
+@click.option("--annotations", metavar="CSV", help="The official table; without it, labels are the folders' names.")
+@click.option("--trim", is_flag=True, help="Cut full videos, named <id>.mp4, to the segment in the annotations.")
+@_modalities
+@converting
 def kinetics(
-    src: Path,
-    out: str,
-    split: str,
-    samples_per_shard: int,
-    shuffle_seed: int,
-    codec: str,
-    fps: int,
-    short_side: int,
-    gop: int,
-    quality: int | None,
-    preset: str,
-    spectrogram_dtype: str,
-    workers: int | None,
-    overwrite: bool,
-) -> None:
-    """Convert a tree of class folders SRC/<class>/<id>.mp4 to shards in OUT.
+    src: str, split: str, annotations: str | None, trim: bool, modalities: str, source_options: dict[str, str]
+) -> SourceList:
+    """Convert Kinetics 400, 600 or 700 below SRC to shards in OUT.
 
-    Files that cannot be converted are listed with their reason in OUT/quarantine.jsonl. An interrupted run goes
-    on where it stopped when the same command is given again.
+    SRC holds class folders, SRC/<class>/<id>.mp4, or, with --annotations, videos named <id>.mp4 or
+    <id>_<start>_<end>.mp4 anywhere below it.
     """
-    video = {
-        "codec": codec,
-        "fps": fps,
-        "short_side": short_side,
-        "gop": gop,
-        "quality": DEFAULT_QUALITY[codec] if quality is None else quality,  # type: ignore[index]
-        "preset": preset,
-    }
-    try:
-        parameters = Parameters.model_validate(
-            {
-                "video": video,
-                "audio": {"storage": spectrogram_dtype},
-                "samples_per_shard": samples_per_shard,
-                "shuffle_seed": shuffle_seed,
-            }
-        )
-    except ValidationError as error:
-        raise click.UsageError(describe_validation_error(error)) from error
-    _convert(list_kinetics(src, split), parameters, out, workers, overwrite)
+    from avid_pipeline.preprocess.sources.kinetics import list_kinetics
+
+    listing = list_kinetics(src, split, source_options, annotations=annotations, trim=trim)
+    return replace(listing, modalities=_MODALITIES[modalities])
 
 
-def _convert(listing: SourceList, parameters: Parameters, out: str, workers: int | None, overwrite: bool) -> None:
-    with tqdm(unit="clip", disable=not sys.stderr.isatty(), desc=f"{listing.dataset} {listing.split}") as bar:
+@main.command(cls=FriendlyCommand)
+@click.argument("src")
+@click.option("--annotations", metavar="CSV", required=True, help="The segments table, for example eval_segments.csv.")
+@click.option("--split", default="train", show_default=True, help="What this part of the data set is called.")
+@click.option("--trim", is_flag=True, help="Cut full videos, named <id>.mp4, to the segment in the table.")
+@_modalities
+@converting
+def audioset(
+    src: str, annotations: str, split: str, trim: bool, modalities: str, source_options: dict[str, str]
+) -> SourceList:
+    """Convert AudioSet, files named by their YouTube id anywhere below SRC, to shards in OUT."""
+    from avid_pipeline.preprocess.sources.audioset import list_audioset
 
-        def on_planned(total: int, done: int) -> None:
-            bar.reset(total)
-            bar.update(done)
-
-        result = run_job(
-            listing,
-            parameters,
-            out,
-            LocalExecutor(workers),
-            overwrite=overwrite,
-            on_planned=on_planned,
-            on_source=bar.update,
-        )
-    _report(result, out)
+    listing = list_audioset(src, annotations, split, source_options, trim=trim)
+    return replace(listing, modalities=_MODALITIES[modalities])
 
 
-def _report(result: JobResult, out: str) -> None:
-    manifest = result.manifest
-    size = sum(shard.bytes for shard in manifest.shards)
-    click.echo(f"{out}: {manifest.num_samples:,} samples in {len(manifest.shards):,} shards, {size / 1e6:,.1f} MB")
-    if result.quarantined:
-        click.echo(f"{len(result.quarantined):,} sources in quarantine, listed in {os.path.join(out, QUARANTINE_NAME)}")
-        click.echo(tabulate(count_reasons(result.quarantined), headers=("reason", "sources")))
+@main.command(cls=FriendlyCommand)
+@click.argument("src")
+@click.option("--splits", metavar="FOLDER", help="Of the official lists.  [default: found in SRC or beside it]")
+@converting
+def ucf101(src: str, splits: str | None, source_options: dict[str, str]) -> SourceList:
+    """Convert UCF101 to shards in OUT: all videos once, the folds as subsets fold1-train, fold1-test and so on."""
+    from avid_pipeline.preprocess.sources.ucf101 import list_ucf101
+
+    return list_ucf101(src, splits, source_options)
+
+
+@main.command(cls=FriendlyCommand)
+@click.argument("src")
+@click.option("--splits", metavar="FOLDER", help="Of the official lists.  [default: found in SRC or beside it]")
+@converting
+def hmdb51(src: str, splits: str | None, source_options: dict[str, str]) -> SourceList:
+    """Convert HMDB51 to shards in OUT: all videos once, the folds as subsets fold1-train, fold1-test and so on."""
+    from avid_pipeline.preprocess.sources.hmdb51 import list_hmdb51
+
+    return list_hmdb51(src, splits, source_options)
+
+
+@main.command(cls=FriendlyCommand)
+@click.argument("src")
+@converting
+def esc50(src: str, source_options: dict[str, str]) -> SourceList:
+    """Convert ESC-50 (SRC/audio, SRC/meta/esc50.csv) to shards in OUT: sound only, five folds as subsets."""
+    from avid_pipeline.preprocess.sources.esc50 import list_esc50
+
+    return list_esc50(src, source_options)
+
+
+@main.command(cls=FriendlyCommand)
+@click.argument("src")
+@click.option("--dataset", default="folder", show_default=True, help="What the data set is called.")
+@click.option("--split", default="train", show_default=True, help="What this part of it is called.")
+@_modalities
+@converting
+def folder(src: str, dataset: str, split: str, modalities: str, source_options: dict[str, str]) -> SourceList:
+    """Convert any files to shards in OUT.
+
+    SRC is a folder, or a list of paths and URLs: a CSV or JSONL file with url and, optionally, label, start and end.
+    """
+    from avid_pipeline.preprocess.sources.folder import list_folder
+
+    return list_folder(src, source_options, modalities=_MODALITIES[modalities], dataset=dataset, split=split)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ Reason = Literal[
     "no_audio_stream",
     "too_short",
     "decode_error",
+    "timeout",
+    "limit_exceeded",
     "source_not_found",
+    "bad_annotation",
 ]
 
 

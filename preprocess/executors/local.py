@@ -43,7 +43,7 @@ class LocalExecutor:
             min(self.workers, len(tasks)), mp_context=context, initializer=_start_worker, initargs=(queue,)
         )
         try:
-            waiting: set[Future[ShardReport]] = {pool.submit(_build, task) for task in tasks}
+            waiting = _submit(pool, tasks)
             while waiting:
                 done, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
                 _drain(queue, on_source)
@@ -61,9 +61,20 @@ class LocalExecutor:
             queue.close()
 
 
+def _submit(pool: ProcessPoolExecutor, tasks: list[ShardTask]) -> set[Future[ShardReport]]:
+    """Start the workers.
+
+    Ctrl-C reaches the whole process group, but only the parent answers, and then stops its workers: they inherit the
+    mask and never see the signal, not even while they start.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return {pool.submit(_build, task) for task in tasks}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _start_worker(queue: Any) -> None:
-    # Ctrl-C reaches the whole process group; only the parent answers, and then stops its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _raise_exit)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     global _worker_queue

@@ -1,68 +1,86 @@
-"""What every data set source gives: a sorted list of files with ids and class names."""
+"""What every data set source gives: a list of files with ids, class names and subsets, in a defined order."""
 
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from avid_pipeline.preprocess.errors import PreprocessError
+from avid_pipeline.preprocess.quarantine import Reason
+from avid_pipeline.shards_spec.manifest import Modality
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file in an object store or behind HTTP.
+
+    Attributes:
+        root: URL of a bucket, container or host, or of a folder in it.
+        path: the file's name below the root, not percent-encoded.
+    """
+
+    root: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.root.rstrip('/')}/{self.path}"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of a file to convert, in seconds from the file's beginning."""
+
+    start: float
+    end: float
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file to convert.
+    """One file, or one segment of it, to convert.
 
     Attributes:
-        name: path relative to the data set's folder, with forward slashes; unique, and UTF-8 whatever the file
-            system holds (see :func:`printable`).
-        path: where the file is.
+        name: unique in the data set and UTF-8 (see :func:`~avid_pipeline.preprocess.sources.tree.printable`), and the
+            same whether the file is there or not: the path relative to the data set's folder, with forward slashes,
+            or what annotations call it.
+        location: where the file is; None where there is none, which ``rejection`` then explains.
         id: the data set's own name for it.
         labels: class names; none, one or many.
-        has_place: False when the file lies where the data set's layout has no videos; it is then quarantined.
+        segment: what to cut out of the file; None for all of it.
+        subsets: named subsets it belongs to, for example ``fold1-train``.
+        key_name: what the sample's key is made from; by default the name without its ending.
+        path: where it is below the data set's folder, when that is not its name; only for people.
+        rejection: reason and detail where the listing shows already that it cannot be converted.
     """
 
     name: str
-    path: Path
+    location: Path | RemoteFile | None
     id: str
-    labels: tuple[str, ...]
-    has_place: bool = True
+    labels: tuple[str, ...] = ()
+    segment: Segment | None = None
+    subsets: tuple[str, ...] = ()
+    key_name: str | None = None
+    path: str | None = None
+    rejection: tuple[Reason, str] | None = None
 
 
 @dataclass(frozen=True)
 class SourceList:
-    """A data set before conversion: its name and split, its class names, and its sources sorted by name."""
+    """A data set before conversion.
+
+    Attributes:
+        dataset: its name.
+        split: what this part of it is called.
+        classes: class names; a label is a position in this list.
+        sources: what to convert, in any order.
+        modalities: what is converted of each source; the other stream, if there is one, is left out.
+        subsets: names of the subsets that the sources may belong to.
+        notes: what the user should know about the listing, one sentence each, for example how many files were left
+            out because no annotation names them.
+        trim: whether whole files are cut to the segments that annotations give.
+    """
 
     dataset: str
     split: str
     classes: tuple[str, ...]
     sources: tuple[Source, ...]
-
-
-def files_below(root: Path) -> Iterator[str]:
-    """Relative names, with forward slashes, of all files below a folder; links are followed, once each.
-
-    Raises:
-        PreprocessError: the folder does not exist, or a folder below it cannot be read.
-    """
-    if not root.is_dir():
-        problem = "is a file, not a folder" if root.exists() else "does not exist"
-        raise PreprocessError(f"{root}: {problem}; give the folder that holds the data set")
-    visited: set[str] = set()
-    for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders.sort()
-        relative = Path(folder).relative_to(root)
-        yield from ((relative / name).as_posix() for name in sorted(files))
-
-
-def printable(name: str) -> str:
-    """A file name as text that JSON can hold: bytes that are not UTF-8 become hexadecimal escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _refuse(error: OSError) -> None:
-    raise PreprocessError(f"{error.filename}: cannot read this folder: {error.strerror}; make it readable") from error
+    modalities: tuple[Modality, ...] = ("video", "audio")
+    subsets: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    trim: bool = False
