@@ -95,7 +95,8 @@ def _select(found: Probe, settings: Settings) -> Probe:
     only_sound = settings.modalities == ("audio",)
     if audio is None and "audio" in settings.modalities and (only_sound or settings.missing_audio == "quarantine"):
         raise SourceRejectedError("no_audio_stream", "the file has no audio stream")
-    return replace(found, video=video, audio=audio)
+    all_of_it = (found.video, found.audio) == (video, audio)
+    return replace(found, video=video, audio=audio, duration=found.duration if all_of_it else None)
 
 
 def _check_segment(found: Probe, segment: Segment | None) -> None:
@@ -185,20 +186,30 @@ def _seconds(part: VideoRecord | AudioRecord | None) -> float:
 def _check_lengths(
     found: Probe, record: SampleRecord, settings: Settings, segment: Segment | None, complaints: str
 ) -> None:
-    least = _LEAST_SHARE_AFTER_COMPLAINTS if complaints else _LEAST_SHARE_DECODED
     for stream, part, what in ((found.video, record.video, "picture"), (found.audio, record.audio, "sound")):
         seconds = _seconds(part)
         if seconds > settings.limits.seconds:
             raise SourceRejectedError(
                 "limit_exceeded", f"its {what} lasts more than {settings.limits.seconds:g} s (--max-seconds)"
             )
+        if part is record.audio and segment and seconds > segment.end - segment.start + _ALLOWANCE_SECONDS:
+            raise SourceRejectedError(
+                "decode_error", "its sound changes its format within the segment, which cannot be put together"
+            )
         if stream is None or stream.duration is None:
             continue
         end = stream.start + stream.duration - found.begin
         stated = stream.duration if segment is None else min(segment.end, end) - segment.start
-        if seconds < least * stated - _ALLOWANCE_SECONDS:
-            raise SourceRejectedError(
-                "decode_error",
-                f"the header says {stated:.2f} s of {what}, but only {seconds:.2f} s could be decoded"
-                + (f"; ffmpeg: {complaints}" if complaints else ""),
-            )
+        _check_share(what, seconds, stated, complaints)
+    if segment is None and found.duration is not None:  # of the longest stream
+        _check_share("picture or sound", record.duration, found.duration, complaints)
+
+
+def _check_share(what: str, seconds: float, stated: float, complaints: str) -> None:
+    least = _LEAST_SHARE_AFTER_COMPLAINTS if complaints else _LEAST_SHARE_DECODED
+    if seconds < least * stated - _ALLOWANCE_SECONDS:
+        raise SourceRejectedError(
+            "decode_error",
+            f"the header says {stated:.2f} s of {what}, but only {seconds:.2f} s could be decoded"
+            + (f"; ffmpeg: {complaints}" if complaints else ""),
+        )

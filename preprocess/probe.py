@@ -69,12 +69,14 @@ class Probe:
         video: None where there is no such stream.
         audio: None where there is no such stream.
         begin: seconds on the file's clock at which the file begins; segments count from there.
+        duration: seconds from there to the stated end of the last stream; None where the file does not say.
         has_index: whether the container tells where key frames are, so that seeking is exact.
     """
 
     video: VideoStream | None
     audio: AudioStream | None
     begin: float = 0.0
+    duration: float | None = None
     has_index: bool = True
 
 
@@ -132,10 +134,13 @@ class _Deadline:
 
 def _look(container: InputContainer, limits: Limits, deadline: _Deadline) -> Probe:
     video, audio = _best_video(container), _best_audio(container)
+    begin = (container.start_time or 0) / av.time_base
     found = Probe(
-        _describe_video(container, video) if video else None,
+        _describe_video(video) if video else None,
         _describe_audio(audio) if audio else None,
-        begin=(container.start_time or 0) / av.time_base,
+        begin=begin,
+        # Some muxers count a file's duration from zero, others from its first frame: take the lesser.
+        duration=max(0.0, container.duration / av.time_base - max(0.0, begin)) if container.duration else None,
         has_index=not _CONTAINERS_WITH_INDEX.isdisjoint(container.format.name.split(",")),
     )
     _check(found, limits)  # before anything is decoded
@@ -204,6 +209,8 @@ def _first_times(
             except av.FFmpegError:
                 continue  # ffmpeg passes over such packets too, and complains when nothing is left
             for frame in frames:
+                if not isinstance(frame, (av.VideoFrame, av.AudioFrame)):
+                    continue
                 ticks = frame.dts if by_decoding and frame.dts is not None else frame.pts
                 if ticks is not None and frame.time_base is not None:
                     starts.setdefault(stream.index, float(ticks * frame.time_base))
@@ -227,19 +234,14 @@ def _count_packets(container: InputContainer, stream: PyavVideoStream, limit: in
     return count
 
 
-def _describe_video(container: InputContainer, stream: PyavVideoStream) -> VideoStream:
-    start = _seconds(stream, stream.start_time) or 0.0
-    duration = _seconds(stream, stream.duration)
-    if duration is None and container.duration:
-        # Some muxers count a file's duration from zero, others from its first frame: take the lesser.
-        duration = max(0.0, container.duration / av.time_base - max(0.0, start))
+def _describe_video(stream: PyavVideoStream) -> VideoStream:
     return VideoStream(
         number=stream.index,
         width=stream.codec_context.width,
         height=stream.codec_context.height,
         fps=float(stream.average_rate) if stream.average_rate else None,
-        start=start,
-        duration=duration,
+        start=_seconds(stream, stream.start_time) or 0.0,
+        duration=_seconds(stream, stream.duration),
         frames=stream.frames or None,
         codec=stream.codec_context.name,
     )
@@ -262,6 +264,7 @@ def _seconds(stream: PyavVideoStream | PyavAudioStream, ticks: int | None) -> fl
 def _check(found: Probe, limits: Limits) -> None:
     video = found.video
     measured: list[tuple[str, float | None, float, str]] = [
+        ("seconds", found.duration, limits.seconds, "--max-seconds"),
         ("seconds of picture", video.duration if video else None, limits.seconds, "--max-seconds"),
         ("seconds of sound", found.audio.duration if found.audio else None, limits.seconds, "--max-seconds"),
         ("frames", video.frames if video else None, limits.frames, "--max-frames"),

@@ -75,7 +75,6 @@ def _submit(pool: ProcessPoolExecutor, tasks: list[ShardTask]) -> set[Future[Sha
 
 
 def _start_worker(queue: Any) -> None:
-    signal.signal(signal.SIGTERM, _raise_exit)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     global _worker_queue
     _worker_queue = queue
@@ -95,7 +94,11 @@ def _end_with_parent() -> None:
 
 def _build(task: ShardTask) -> ShardReport:
     try:
-        return build_shard(task, on_source=lambda: _worker_queue.put(None))
+        # Only here, where there is something to clean up: outside of it, the pool would report the exit as an error.
+        signal.signal(signal.SIGTERM, _raise_exit)
+        report = build_shard(task, on_source=lambda: _worker_queue.put(None))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return report
     except SystemExit as stop:
         # The pool's worker loop would take this for a failed task and begin its next one.
         os._exit(stop.code if isinstance(stop.code, int) else 1)
