@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 PYTHON ?= $(shell for name in python3 python3.11 python3.12 python3.13 python3.14; do \
 	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$name; break; fi; done)
 
-.PHONY: help setup demo test lint clean clean-demo
+.PHONY: help setup demo test test-gpu lint clean clean-demo
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -26,6 +26,10 @@ demo: $(INSTALLED) ## Synthetic videos to shards to a trained and evaluated mode
 test: lint ## Lint, then all tests
 	@echo "== tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -q
+
+test-gpu: $(INSTALLED) ## What needs a CUDA GPU; docs/gpu.md says what it checks
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no CUDA GPU")'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu -v
 
 lint: $(INSTALLED) ## ruff (lint and format), and mypy on the package as installed
 	@echo "== ruff"

@@ -1,5 +1,7 @@
 """Clips of Kinetics' size for the benchmarks: real ones where there are any, else made by ffmpeg."""
 
+import itertools
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +13,15 @@ _REAL = Path(__file__).resolve().parents[2] / "shared" / "clips" / "kinetics400"
 def example_clips(given: Path | None, folder: Path) -> list[Path]:
     """The .mp4 files below ``given``; without it the real clips, or made ones, which are written to ``folder``."""
     return sorted((given or _REAL).rglob("*.mp4")) or _make_clips(folder)
+
+
+def make_tree(clips: list[Path], count: int, tree: Path) -> list[Path]:
+    """``count`` files in a class folder, the clips in turn."""
+    (tree / "class").mkdir(parents=True)
+    files = []
+    for number, clip in zip(range(count), itertools.cycle(clips), strict=False):
+        files.append(Path(shutil.copy(clip, tree / "class" / f"clip{number:05d}.mp4")))
+    return files
 
 
 def _make_clips(folder: Path) -> list[Path]:

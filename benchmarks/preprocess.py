@@ -7,10 +7,8 @@ written to a file: no probing, spectrograms, checksums, shards. Both run two at 
 """
 
 import argparse
-import itertools
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from example_clips import example_clips
+from example_clips import example_clips, make_tree
 from tabulate import tabulate
 
 from avid_pipeline.preprocess.ffmpeg import find_ffmpeg
@@ -49,15 +47,6 @@ def measure(work: Callable[..., object], *arguments: object) -> Cost:
     after, ended = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Cost(cpu, ended - began)
-
-
-def make_tree(clips: list[Path], count: int, tree: Path) -> list[Path]:
-    """``count`` files in a class folder, the clips in turn."""
-    (tree / "class").mkdir(parents=True)
-    files = []
-    for number, clip in zip(range(count), itertools.cycle(clips), strict=False):
-        files.append(Path(shutil.copy(clip, tree / "class" / f"clip{number:05d}.mp4")))
-    return files
 
 
 def bare_ffmpeg(files: list[Path], folder: Path, workers: int) -> None:

@@ -14,7 +14,7 @@ from avid_pipeline.evaluate.embedding import embed_dataset
 from avid_pipeline.evaluate.retrieval import RECALL_AT, RetrievalResult, chance, retrieve
 from avid_pipeline.models import load_pretrained
 from avid_pipeline.models.pretrained import WEIGHTS_NAME
-from avid_pipeline.shards_spec.command_line import FriendlyCommand, FriendlyGroup
+from avid_pipeline.shards_spec.command_line import FriendlyCommand, FriendlyGroup, storage_option
 from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
 from avid_pipeline.shards_spec.reader import open_dataset
 from avid_pipeline.shards_spec.storage import open_storage
@@ -35,11 +35,18 @@ def main() -> None:
 @click.option("--clips", default=10, show_default=True, type=click.IntRange(min=1), help="Clips of each instance.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Clips in a pass.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads that decode.  [default: one for each core]")
+@storage_option
 def retrieval(
-    checkpoint: str, data: str, output: Path | None, clips: int, batch_size: int, workers: int | None
+    checkpoint: str,
+    data: str,
+    output: Path | None,
+    clips: int,
+    batch_size: int,
+    workers: int | None,
+    storage_option: dict[str, str],
 ) -> None:
     """Cross-modal retrieval: recall of each instance's own sound or picture, median rank, class precision."""
-    reader = open_dataset(data)
+    reader = open_dataset(data, storage_option)
     model = load_pretrained(checkpoint)
     if torch.cuda.is_available():
         model = model.to("cuda")

@@ -147,6 +147,7 @@ def _look(container: InputContainer, limits: Limits, deadline: _Deadline) -> Pro
     streams = [stream for stream in (video, audio) if stream is not None]
     for stream in streams:
         stream.codec_context.options = {"max_pixels": str(limits.pixels)}
+        stream.codec_context.thread_count = 1  # for one frame, threads cost more than they give
     starts = _first_times(container, streams, deadline)
     if found.audio is not None:
         found = replace(found, audio=_begin_at(found.audio, starts.get(found.audio.number)))

@@ -15,7 +15,7 @@ from avid_pipeline.shards_spec.spectrogram import (
     encode_spectrogram,
 )
 
-_FRAMES_PER_SUM = 4096
+_FRAMES_PER_SUM = 256
 
 
 class SpectrogramSums(Record):

@@ -2,16 +2,19 @@
 
 import io
 import os
+import threading
 import tokenize
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from avid_pipeline.shards_spec.errors import SampleError, ShardError
+from avid_pipeline.shards_spec.errors import ManifestError, SampleError, ShardError
+from avid_pipeline.shards_spec.load_once import LoadOnce
 from avid_pipeline.shards_spec.manifest import Manifest, ShardInfo, read_manifest
 from avid_pipeline.shards_spec.parallel import in_threads
 from avid_pipeline.shards_spec.sample import (
@@ -27,14 +30,20 @@ from avid_pipeline.shards_spec.shard_file import ShardIndex, load_index
 from avid_pipeline.shards_spec.spectrogram import NUM_FREQUENCIES, FloatArray, decode_spectrogram
 from avid_pipeline.shards_spec.storage import Storage, open_storage
 
-_CACHED_INDICES = 64
+# Four shards for each of 64 streams.
+_CACHED_INDICES = 256
 _FINDING_THREADS = 16
+# How often damaged bytes are fetched again from a store, for networks damage bytes too.
+_READS_AGAIN = 3
+
+Result = TypeVar("Result")
 
 
 class ShardReader:
     """Reads the samples of a data set below a root.
 
-    Every member is checked against the checksum in the shard's index.
+    Every member is checked against the checksum in the shard's index; what comes damaged from a remote store is
+    fetched again a few times. Threads may share a reader.
 
     Args:
         storage: the root.
@@ -48,22 +57,53 @@ class ShardReader:
     def __init__(self, storage: Storage, manifest: Manifest | None = None) -> None:
         self.storage = storage
         self.manifest = manifest or read_manifest(storage)
-        self._index = lru_cache(maxsize=_CACHED_INDICES)(lambda name: load_index(storage, name))
+        self._index = LoadOnce(self._load_index, _CACHED_INDICES)
+        self._first_indices = [shard.first_index for shard in self.manifest.shards]
+        self._samples = self.manifest.num_samples
 
     def __len__(self) -> int:
-        return self.manifest.num_samples
+        return self._samples
+
+    def locate(self, index: int) -> tuple[ShardInfo, int]:
+        """The shard of an instance index, and the sample's place in it.
+
+        Raises:
+            ManifestError: no such index.
+        """
+        if not 0 <= index < self._samples:
+            raise ManifestError(f"instance index {index}: expected 0 to {self._samples - 1}")
+        shard = self.manifest.shards[bisect_right(self._first_indices, index) - 1]
+        return shard, index - shard.first_index
 
     def index_of(self, shard: ShardInfo) -> ShardIndex:
-        """The tar index of a shard; the last 64 are kept in memory.
+        """The tar index of a shard; the last 256 are kept in memory, each loaded once for all threads.
 
         Raises:
             ShardError: it is damaged, or its number of samples is not the manifest's.
+            StorageError: it cannot be read.
         """
-        index = self._index(shard.index_name)
+        return self._index(shard)
+
+    def loaded_index(self, shard: ShardInfo) -> ShardIndex | None:
+        """The tar index of a shard if it is in memory."""
+        return self._index.ready(shard)
+
+    def _load_index(self, shard: ShardInfo) -> ShardIndex:
+        return self._again_if_damaged(lambda: self._index_once(shard), None)
+
+    def _index_once(self, shard: ShardInfo) -> ShardIndex:
+        index = load_index(self.storage, shard.index_name)
         if len(index) != shard.samples:
             raise ShardError(
                 f"{self.storage.url_of(shard.index_name)}: expected {shard.samples} samples as in the manifest, "
                 f"found {len(index)}; copy or build the shard again"
+            )
+        present = index.sizes >= 0
+        inside = (index.offsets >= 0) & (index.offsets + index.sizes <= shard.bytes)
+        if not present.any(axis=1).all() or not inside[present].all():
+            raise ShardError(
+                f"{self.storage.url_of(shard.index_name)}: expected members within the shard's {shard.bytes} bytes for "
+                "every sample, found none or others; copy or build the shard again"
             )
         return index
 
@@ -73,11 +113,23 @@ class ShardReader:
         Raises:
             ManifestError: no such index.
             ShardError: the sample's bytes are damaged.
+            StorageError: they cannot be read.
         """
-        shard, place = self.manifest.locate(index)
-        tar_index = self.index_of(shard)
-        data = self.storage.read_range(shard.name, *tar_index.span(place))
-        return self._assemble(shard, tar_index, place, data)
+        return self.read_place(*self.locate(index))
+
+    def read_place(self, shard: ShardInfo, place: int, given_up: threading.Event | None = None) -> Sample:
+        """The sample at a place of a shard, in one ranged read; nothing is tried again once ``given_up`` is set.
+
+        Raises:
+            ShardError: the sample's bytes are damaged.
+            StorageError: they cannot be read.
+        """
+        start, length = self.index_of(shard).span(place)
+
+        def read() -> Sample:
+            return self.assemble(shard, place, self.storage.read_range(shard.name, start, length, given_up=given_up))
+
+        return self._again_if_damaged(read, given_up)
 
     def read_members(self, shard: ShardInfo, place: int) -> dict[str, bytes]:
         """The members of a sample as they are in the shard, by name, in one ranged read.
@@ -86,8 +138,23 @@ class ShardReader:
             ShardError: the sample's bytes are damaged, or it has no record.
         """
         tar_index = self.index_of(shard)
-        data = self.storage.read_range(shard.name, *tar_index.span(place))
-        return self._split(shard, tar_index, place, data)
+
+        def read() -> dict[str, bytes]:
+            return self._split(shard, tar_index, place, self.storage.read_range(shard.name, *tar_index.span(place)))
+
+        return self._again_if_damaged(read, None)
+
+    def _again_if_damaged(self, read: Callable[[], Result], given_up: threading.Event | None) -> Result:
+        local = self.storage.local_root is not None
+        for left in reversed(range(1 if local else 1 + _READS_AGAIN)):
+            try:
+                return read()
+            except ShardError as error:
+                if local or (given_up is not None and given_up.is_set()):
+                    raise
+                if not left:
+                    raise ShardError(f"{error} (the store was asked {1 + _READS_AGAIN} times)") from error
+        raise AssertionError("unreachable")
 
     def read_shard(self, shard: ShardInfo, places: Iterable[int] | None = None) -> Iterator[Sample]:
         """The samples of a shard in the order of ``places`` (all, in order, by default).
@@ -108,7 +175,7 @@ class ShardReader:
                         f"{self.storage.url_of(shard.name)}: ends at byte {start + len(data)} inside "
                         f"{tar_index.keys[place]}; the shard is truncated: copy or build it again"
                     )
-                yield self._assemble(shard, tar_index, place, data)
+                yield self.assemble(shard, place, data)
 
     def read_records(self, shard: ShardInfo, places: Sequence[int] | None = None) -> list[SampleRecord]:
         """The records of samples of a shard (all by default), without their videos and spectrograms.
@@ -168,7 +235,14 @@ class ShardReader:
             raise ShardError(f"{where}: {tar_index.keys[place]}: has no {RECORD_MEMBER} member")
         return members
 
-    def _assemble(self, shard: ShardInfo, tar_index: ShardIndex, place: int, data: bytes) -> Sample:
+    def assemble(self, shard: ShardInfo, place: int, data: bytes) -> Sample:
+        """The sample at a place of a shard from the bytes of its span (:meth:`ShardIndex.span`).
+
+        Raises:
+            ShardError: the bytes are damaged, or there is no record.
+            SampleError: the record is not valid.
+        """
+        tar_index = self.index_of(shard)
         members = self._split(shard, tar_index, place, data)
         record = parse_record(members[RECORD_MEMBER], f"{self.storage.url_of(shard.name)}: {tar_index.keys[place]}")
         return Sample(record, members.get(VIDEO_MEMBER), members.get(SPECTROGRAM_MEMBER))

@@ -65,13 +65,15 @@ def split_url(url: str) -> tuple[str, str]:
 class Storage:
     """A root URL and what can be read and written below it.
 
-    Build it with :func:`open_storage`. ``store`` is the obstore object store whose prefix is the root.
+    Build it with :func:`open_storage`. ``store`` is the obstore object store whose prefix is the root, and
+    ``content_store`` the same one for reading content: it repeats nothing by itself, for ``retry`` governs that.
     """
 
     url: str
     store: Any
     local_root: Path | None
     retry: RetryPolicy = field(default_factory=RetryPolicy)
+    content_store: Any = None
 
     def url_of(self, name: str) -> str:
         """The full address of a name, for messages."""
@@ -89,13 +91,19 @@ class Storage:
         """
         return b"".join(self.chunks(name))
 
-    def read_range(self, name: str, start: int, length: int) -> bytes:
+    def read_range(self, name: str, start: int, length: int, *, given_up: threading.Event | None = None) -> bytes:
         """``length`` bytes from offset ``start``, in one ranged request unless the connection breaks.
+
+        Args:
+            name: what to read.
+            start: its first byte.
+            length: number of bytes.
+            given_up: once it is set, a broken transfer is not tried again.
 
         Raises:
             StorageError: the name does not exist, cannot be read, or is shorter than that.
         """
-        return self._read_range(name, start, length)
+        return self._read_range(name, start, length, given_up)
 
     def read_ranges(self, name: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
         """Several ranges of a name, each in a request of its own, some at once.
@@ -106,8 +114,9 @@ class Storage:
         with ThreadPoolExecutor(_RANGES_AT_ONCE) as pool:
             return list(pool.map(lambda start, length: self._read_range(name, start, length), starts, lengths))
 
-    def _read_range(self, name: str, start: int, length: int) -> bytes:
-        data = b"".join(self.chunks(name, start, length))
+    def _read_range(self, name: str, start: int, length: int, given_up: threading.Event | None = None) -> bytes:
+        pieces = list(self.chunks(name, start, length, given_up=given_up))
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         if len(data) != length:
             raise StorageError(
                 f"{self.url_of(name)}: cannot read {length} bytes at offset {start}: found {len(data)}; "
@@ -130,10 +139,13 @@ class Storage:
             raise self._failure("open", name, error) from error
         return cast(BinaryIO, io.BufferedReader(_RangedFile(self, name, size), _BUFFER_BYTES))
 
-    def chunks(self, name: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+    def chunks(
+        self, name: str, start: int = 0, length: int | None = None, *, given_up: threading.Event | None = None
+    ) -> Iterator[bytes]:
         """The content of a name, or a range of it, in pieces of some megabytes, in bounded memory.
 
-        Reading goes on at the byte reached when a connection breaks; see :mod:`avid_pipeline.shards_spec.transfer`.
+        Reading goes on at the byte reached when a connection breaks, unless ``given_up`` is set; see
+        :mod:`avid_pipeline.shards_spec.transfer`.
 
         Raises:
             StorageError: it does not exist or cannot be read to its end; the message names the byte reached.
@@ -142,16 +154,21 @@ class Storage:
         path = self.local_path(name)
         try:
             if path is None:
-                yield from stream(self.store, name, start, stop, self.retry)
+                store = self.store if self.content_store is None else self.content_store
+                yield from stream(store, name, start, stop, self.retry, given_up)
                 return
-            with path.open("rb") as file:
+            with path.open("rb", buffering=0) as file:
                 file.seek(start)
-                while data := file.read(_CHUNK_BYTES if stop is None else min(_CHUNK_BYTES, stop - file.tell())):
+                left = length
+                while data := file.read(_CHUNK_BYTES if left is None else min(_CHUNK_BYTES, left)):
+                    left = None if left is None else left - len(data)
                     yield data
         except BrokenTransferError as error:
             if isinstance(error.cause, FileNotFoundError):
                 raise self._failure("read", name, error.cause) from error
             reason = _first_line(error.cause) if error.cause else "the object is truncated: it ends there"
+            if error.attempts > 1:
+                reason += f" ({error.attempts} attempts in a row failed)"
             raise StorageError(f"{self.url_of(name)}: cannot read from byte {error.reached:,} on: {reason}") from error
         except OSError as error:
             raise self._failure("read", name, error) from error
@@ -368,17 +385,20 @@ def _open_remote(url: str, options: Mapping[str, str], retry: RetryPolicy) -> St
         client_options["allow_http"] = True
     try:
         # A web server would be asked for //name below a root that ends in a slash.
-        store = from_url(
-            url.rstrip("/"),
-            config=cast(Any, dict(options)),
-            client_options=cast(Any, client_options),
-            retry_config=cast(Any, {"max_retries": retry.requests, "retry_timeout": timedelta(seconds=180)}),
+        store, content_store = (
+            from_url(
+                url.rstrip("/"),
+                config=cast(Any, dict(options)),
+                client_options=cast(Any, client_options),
+                retry_config=cast(Any, {"max_retries": retries, "retry_timeout": timedelta(seconds=180)}),
+            )
+            for retries in (retry.requests, 0)
         )
     except (ValueError, BaseError) as error:
         raise StorageError(
             f"{url}: cannot open this root: {error}; expected a local path or an s3://, gs://, az:// or https:// URL"
         ) from error
-    return Storage(url, store, None, retry)
+    return Storage(url, store, None, retry, content_store)
 
 
 def _plain_http(url: str, options: Mapping[str, str] | None) -> bool:

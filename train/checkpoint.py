@@ -28,6 +28,7 @@ from avid_pipeline.models import AVModel
 from avid_pipeline.models.pretrained import LATEST_NAME, WEIGHTS_NAME
 from avid_pipeline.shards_spec.manifest import Record, SpectrogramStatistics, describe_validation_error
 from avid_pipeline.shards_spec.storage import Storage, open_storage
+from avid_pipeline.streams.state import StreamState
 from avid_pipeline.train.config import TrainConfig
 from avid_pipeline.train.memory_bank import MODALITIES, MemoryBank
 
@@ -43,20 +44,16 @@ class CheckpointRecord(Record):
 
     Attributes:
         format_version: of checkpoint folders, 1.
-        epoch: the next epoch to train.
-        step: steps trained so far, over all epochs.
+        stream: where the run stands in its data; see :class:`~avid_pipeline.streams.state.StreamState`.
         config: the run's configuration, as plain data.
-        manifest_fingerprint: of the data that rows of the memory bank stand for.
         spectrogram_statistics: what sound was normalised with.
         versions: of avid-pipeline and torch.
         sha256: checksums of the other files.
     """
 
     format_version: Literal[1] = 1
-    epoch: int
-    step: int
+    stream: dict[str, str | int]
     config: dict[str, Any]
-    manifest_fingerprint: str
     spectrogram_statistics: SpectrogramStatistics
     versions: dict[str, str]
     sha256: dict[str, str]
@@ -65,10 +62,8 @@ class CheckpointRecord(Record):
 def save_checkpoint(
     root: Storage,
     *,
-    epoch: int,
-    step: int,
+    stream: StreamState,
     config: TrainConfig,
-    manifest_fingerprint: str,
     statistics: SpectrogramStatistics,
     model: AVModel,
     trainer_state: dict[str, Any],
@@ -84,7 +79,7 @@ def save_checkpoint(
     Raises:
         StorageError: the root cannot be written.
     """
-    name = f"{FOLDER}/step-{step:08d}"
+    name = f"{FOLDER}/step-{stream.step:08d}"
     group = bank.group
     if group.rank == 0:
         root.delete(f"{name}/{RECORD_NAME}")
@@ -105,10 +100,8 @@ def save_checkpoint(
         for file, data in files.items():
             root.write(f"{name}/{file}", data)
         record = CheckpointRecord(
-            epoch=epoch,
-            step=step,
+            stream=stream.to_dict(),
             config=config.model_dump(mode="json"),
-            manifest_fingerprint=manifest_fingerprint,
             spectrogram_statistics=statistics,
             versions={"avid-pipeline": __version__, "torch": torch.__version__},
             sha256={file: hashlib.sha256(data).hexdigest() for file, data in files.items()},

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from avid_pipeline.config import load_config
-from avid_pipeline.shards_spec.command_line import FriendlyCommand
+from avid_pipeline.shards_spec.command_line import FriendlyCommand, storage_option
 from avid_pipeline.train.config import TrainConfig
 from avid_pipeline.train.trainer import train
 
@@ -25,8 +25,16 @@ from avid_pipeline.train.trainer import train
     metavar="KEY=VALUE",
     help="Change a setting of CONFIG, for example optimizer.learning_rate=1e-4. May be repeated.",
 )
+@storage_option
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in OUTPUT, if there is one.")
-def main(config: Path, data: str, output: str, overrides: tuple[str, ...], resume: bool) -> None:
+def main(
+    config: Path,
+    data: str,
+    output: str,
+    overrides: tuple[str, ...],
+    storage_option: dict[str, str],
+    resume: bool,
+) -> None:
     """Train AVID as CONFIG (a YAML file, see configs/) says.
 
     Alone it is one process; under torchrun, one process for each rank: torchrun --nproc-per-node 8 -m
@@ -37,7 +45,7 @@ def main(config: Path, data: str, output: str, overrides: tuple[str, ...], resum
     if in_group:
         _join_group()
     try:
-        train(settings, data, output, resume=resume)
+        train(settings, data, output, resume=resume, options=storage_option)
     finally:
         if in_group:
             dist.destroy_process_group()

@@ -10,7 +10,18 @@ from avid_pipeline.config import Settings
 _DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 # What may differ when a run is resumed, for a resumed run must equal an undisturbed one.
-_FREE_TO_CHANGE = ("epochs", "log_every", "checkpoint_every", "data.workers")
+_FREE_TO_CHANGE = (
+    "epochs",
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_every_steps",
+    "data.workers",
+    "data.max_failure_rate",
+    "data.connections",
+    "data.read_ahead_megabytes",
+    "data.cache_folder",
+    "data.cache_gigabytes",
+)
 
 
 class ModelSettings(Settings):
@@ -31,16 +42,32 @@ class DataSettings(Settings):
     Attributes:
         batch_size: clips in a step, over all ranks.
         clips_per_instance: visits of every instance in an epoch.
-        canonical_streams: into how many streams the order is cut; see ``avid_pipeline.streams``.
+        canonical_streams: into at least how many streams the order is cut; see ``docs/streaming.md``.
+        block_size: neighbouring instances that a stream reads in a row.
         workers: threads of each rank that read and decode; None for one a core.
         device: where clips are decoded and augmented.
+        operators: what augments on the CPU; ``dali`` is slower, and the reference.
+        subset: named subset of the data set to train on, for example ``with-audio``; None for all.
+        max_failure_rate: share of clips that may fail to decode and be replaced by others.
+        connections: requests that a rank has under way at once, for data that are not on disk.
+        read_ahead_megabytes: what a rank reads ahead, at most.
+        cache_folder: local folder that keeps what was read of remote data, shared by the ranks of a node.
+        cache_gigabytes: size of the cache, at most.
     """
 
     batch_size: int = Field(ge=1)
     clips_per_instance: int = Field(1, ge=1)
     canonical_streams: int = Field(64, ge=1)
+    block_size: int = Field(8, ge=1)
     workers: int | None = Field(None, ge=1)
     device: Literal["cpu", "gpu"] = "cpu"
+    operators: Literal["opencv", "dali"] = "opencv"
+    subset: str | None = None
+    max_failure_rate: float = Field(0.01, ge=0, le=1)
+    connections: int = Field(8, ge=1)
+    read_ahead_megabytes: int = Field(256, ge=1)
+    cache_folder: str | None = None
+    cache_gigabytes: int = Field(100, ge=1)
 
 
 class LossSettings(Settings):
@@ -87,6 +114,7 @@ class TrainConfig(Settings):
         epochs: passes of the plan.
         log_every: steps between two lines in the logs.
         checkpoint_every: epochs between two checkpoints; the last epoch always has one.
+        checkpoint_every_steps: steps between two checkpoints, beside those; None for none within an epoch.
     """
 
     seed: int = Field(0, ge=0)
@@ -99,6 +127,7 @@ class TrainConfig(Settings):
     optimizer: OptimizerSettings
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1, ge=1)
+    checkpoint_every_steps: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _some_loss(self) -> Self:

@@ -18,7 +18,7 @@ class RunLog:
         folder: the run's folder.
         total_steps: of the whole run, for the progress bar.
         first_step: where this process starts; later lines of an interrupted run are dropped from ``metrics.jsonl``.
-        quiet: write nothing anywhere (ranks other than the first).
+        quiet: write nothing anywhere but warnings (ranks other than the first).
     """
 
     def __init__(self, folder: Path, total_steps: int, first_step: int = 0, quiet: bool = False) -> None:
@@ -50,6 +50,13 @@ class RunLog:
         self._text.flush()
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
+
+    def warn(self, message: str) -> None:
+        """A line about something that went wrong; ranks other than the first write it to standard error."""
+        if self._quiet:
+            tqdm.write(f"warning: {message}", file=sys.stderr)
+        else:
+            self.say(f"warning: {message}")
 
     def metrics(self, step: int, epoch: int, values: dict[str, float]) -> None:
         """Numbers of a step: to the terminal, ``metrics.jsonl`` and TensorBoard.

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from avid_pipeline.clips.loader import ClipBatch, ClipLoader
-from avid_pipeline.clips.reading import TrainingChoice
-from avid_pipeline.errors import CheckpointError, ConfigError, ManifestError
+from avid_pipeline.clips.batch import ClipBatch
+from avid_pipeline.errors import ConfigError
 from avid_pipeline.models import AVModel
-from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
-from avid_pipeline.shards_spec.reader import ShardReader, open_dataset
 from avid_pipeline.shards_spec.storage import Storage, open_storage
-from avid_pipeline.streams.plan import EpochPlan, plan
+from avid_pipeline.streams.state import StreamState
 from avid_pipeline.train.checkpoint import (
     latest_checkpoint,
     read_record,
@@ -29,6 +26,7 @@ from avid_pipeline.train.checkpoint import (
 )
 from avid_pipeline.train.collectives import RankGroup
 from avid_pipeline.train.config import TrainConfig, changed_settings
+from avid_pipeline.train.data import TrainingData
 from avid_pipeline.train.loss_curve import draw_loss_curve
 from avid_pipeline.train.losses import AVIDLoss
 from avid_pipeline.train.memory_bank import MemoryBank
@@ -56,7 +54,9 @@ class TrainState:
     step: int = 0
 
 
-def train(config: TrainConfig, data: str, output: str, *, resume: bool = False) -> TrainState:
+def train(
+    config: TrainConfig, data: str, output: str, *, resume: bool = False, options: Mapping[str, str] | None = None
+) -> TrainState:
     """Train AVID; in every process of a process group where there is one.
 
     Args:
@@ -64,6 +64,7 @@ def train(config: TrainConfig, data: str, output: str, *, resume: bool = False) 
         data: root URL of the training data.
         output: the run's folder.
         resume: go on from the newest checkpoint in ``output``, or start where there is none.
+        options: of the object store that the data are in.
 
     Returns:
         The final state.
@@ -74,28 +75,32 @@ def train(config: TrainConfig, data: str, output: str, *, resume: bool = False) 
         AvidPipelineError: the data cannot be read.
     """
     group = RankGroup()
-    reader = open_dataset(data)
-    statistics = _statistics(reader)
+    clips = TrainingData(config, data, options)
     root = open_storage(output, create=True)
     if not resume and latest_checkpoint(root) is not None:
         raise ConfigError(f"{output}: holds a run already; give --resume to go on with it, or another folder")
-    plans = _planner(config, reader)
     device = _device(config)
-    state = _new_state(config, len(reader), device)
+    state = _new_state(config, clips.num_instances, device)
     if resume:
-        _restore(root, state, config, reader.manifest.fingerprint())
+        _restore(root, state, config, clips)
     network = _wrap(state.model, device)
-    total_steps = plans(0).num_batches * config.epochs
+    first_epoch = clips.plan(0)
+    first_epoch.check_world_size(group.size)
+    steps_per_epoch = first_epoch.num_batches
+    total_steps = steps_per_epoch * config.epochs
     folder = root.local_root or Path(output)
     with RunLog(folder, total_steps, state.step, quiet=group.rank > 0) as log:
-        log.say(_summary(config, reader, device, group, total_steps, state))
+
+        def save() -> None:
+            log.say(f"checkpoint {root.url_of(_save(root, state, config, clips))}")
+
+        log.say(_summary(config, clips, device, group, total_steps, state))
         while state.epoch < config.epochs:
-            _train_epoch(config, reader, plans(state.epoch), network, state, device, log)
+            _train_epoch(config, clips, steps_per_epoch, network, state, device, log, save)
             state.schedule.step()
             state.epoch += 1
             if state.epoch % config.checkpoint_every == 0 or state.epoch == config.epochs:
-                name = _save(root, state, config, reader, statistics)
-                log.say(f"checkpoint {root.url_of(name)}")
+                save()
     if group.rank == 0:
         draw_loss_curve(folder)
     return state
@@ -103,36 +108,39 @@ def train(config: TrainConfig, data: str, output: str, *, resume: bool = False) 
 
 def _train_epoch(
     config: TrainConfig,
-    reader: ShardReader,
-    epoch_plan: EpochPlan,
+    clips: TrainingData,
+    steps_per_epoch: int,
     network: torch.nn.Module,
     state: TrainState,
     device: torch.device,
     log: RunLog,
+    save: Callable[[], None],
 ) -> None:
     group = state.criterion.bank.group
-    first = state.step - state.epoch * epoch_plan.num_batches
-    batches = epoch_plan.rank_batches(group.rank, group.size, first)
-    choice = TrainingChoice(config.seed, state.epoch, config.augmentation)
-    loader = ClipLoader(reader, batches, config.clip, choice, device=config.data.device, workers=config.data.workers)
+    last = (state.epoch + 1) * steps_per_epoch
+    first = StreamState(clips.fingerprint, config.seed, state.epoch, state.step).step_of_epoch(steps_per_epoch)
+    loader = clips.loader(state.epoch, first, group.rank, group.size, lambda failure: log.warn(failure.reason))
     network.train()
     meter = _Meter(config.data.batch_size)
     for batch in loader:
         meter.data_arrived()
-        loss, terms = _step(network, state, batch, device)
+        loss, terms = _step(network, state, batch, clips.rows(batch["index"]), device)
         meter.step_done({"total": loss, **terms})
         log.advance()
-        if state.step % config.log_every == 0 or state.step == (state.epoch + 1) * epoch_plan.num_batches:
+        if state.step % config.log_every == 0 or state.step == last:
             values = meter.take()
             values["learning_rate"] = state.optimizer.param_groups[0]["lr"]
+            values["decode_failures"] = loader.failures.failures
             log.metrics(state.step, state.epoch, values)
+        if config.checkpoint_every_steps and state.step % config.checkpoint_every_steps == 0 and state.step < last:
+            save()
 
 
 def _step(
-    network: torch.nn.Module, state: TrainState, batch: ClipBatch, device: torch.device
+    network: torch.nn.Module, state: TrainState, batch: ClipBatch, rows: torch.Tensor, device: torch.device
 ) -> tuple[float, dict[str, float]]:
     video_emb, audio_emb = network(batch["video"].to(device), batch["audio"].to(device))
-    loss, terms = state.criterion(video_emb, audio_emb, batch["index"].to(device))
+    loss, terms = state.criterion(video_emb, audio_emb, rows.to(device))
     value = float(loss.detach())
     if not math.isfinite(value):
         raise ConfigError(
@@ -175,20 +183,6 @@ class _Meter:
         return values
 
 
-def _planner(config: TrainConfig, reader: ShardReader) -> Callable[[int], EpochPlan]:
-    def of_epoch(epoch: int) -> EpochPlan:
-        return plan(
-            reader.manifest,
-            seed=config.seed,
-            epoch=epoch,
-            clips_per_instance=config.data.clips_per_instance,
-            global_batch_size=config.data.batch_size,
-            canonical_streams=config.data.canonical_streams,
-        )
-
-    return of_epoch
-
-
 def _new_state(config: TrainConfig, num_instances: int, device: torch.device) -> TrainState:
     generator = torch.Generator().manual_seed(config.seed)
     model = AVModel(config.model.video_depth, config.model.projection, generator).to(device)
@@ -206,9 +200,7 @@ def _new_state(config: TrainConfig, num_instances: int, device: torch.device) ->
     return TrainState(model, optimizer, schedule, criterion)
 
 
-def _save(
-    root: Storage, state: TrainState, config: TrainConfig, reader: ShardReader, statistics: SpectrogramStatistics
-) -> str:
+def _save(root: Storage, state: TrainState, config: TrainConfig, clips: TrainingData) -> str:
     trainer_state: dict[str, Any] = {
         "optimizer": state.optimizer.state_dict(),
         "schedule": state.schedule.state_dict(),
@@ -216,48 +208,35 @@ def _save(
     }
     return save_checkpoint(
         root,
-        epoch=state.epoch,
-        step=state.step,
+        stream=StreamState(clips.fingerprint, config.seed, state.epoch, state.step),
         config=config,
-        manifest_fingerprint=reader.manifest.fingerprint(),
-        statistics=statistics,
+        statistics=clips.statistics,
         model=state.model,
         trainer_state=trainer_state,
         bank=state.criterion.bank,
     )
 
 
-def _restore(root: Storage, state: TrainState, config: TrainConfig, manifest_fingerprint: str) -> None:
+def _restore(root: Storage, state: TrainState, config: TrainConfig, clips: TrainingData) -> None:
     name = latest_checkpoint(root)
     if name is None:
         return
     record = read_record(root)
-    if record.manifest_fingerprint != manifest_fingerprint:
-        raise CheckpointError(
-            f"{root.url_of(name)}: was trained on data with fingerprint {record.manifest_fingerprint}, but --data has "
-            f"{manifest_fingerprint}; rows of the memory bank would belong to other instances: give the same data"
-        )
+    stream = StreamState.from_dict(record.stream)
     changed = changed_settings(record.config, config.model_dump(mode="json"))
     if changed:
         raise ConfigError(
             f"{root.url_of(name)}: {'; '.join(changed)}: cannot change in a run that is resumed, so that it equals an "
             "undisturbed one; give the settings it began with, or another --output"
         )
+    stream.check(clips.fingerprint, config.seed)
     restore_model(root, name, record, state.model)
     saved = restore_trainer_state(root, name, record)
     state.optimizer.load_state_dict(saved["optimizer"])
     state.schedule.load_state_dict(saved["schedule"])
     state.criterion.load_state_dict(saved["criterion"])
     restore_bank(root, name, state.criterion.bank)
-    state.epoch, state.step = record.epoch, record.step
-
-
-def _statistics(reader: ShardReader) -> SpectrogramStatistics:
-    manifest = reader.manifest
-    if manifest.spectrogram_statistics is None or set(manifest.modalities) != {"video", "audio"}:
-        found = ", ".join(manifest.modalities)
-        raise ManifestError(f"{reader.storage.url}: AVID needs video and audio, found only {found}")
-    return manifest.spectrogram_statistics
+    state.epoch, state.step = stream.epoch, stream.step
 
 
 def _device(config: TrainConfig) -> torch.device:
@@ -276,7 +255,7 @@ def _wrap(model: AVModel, device: torch.device) -> torch.nn.Module:
 
 def _summary(
     config: TrainConfig,
-    reader: ShardReader,
+    clips: TrainingData,
     device: torch.device,
     group: RankGroup,
     total_steps: int,
@@ -284,6 +263,7 @@ def _summary(
 ) -> str:
     begin = f"from step {state.step}" if state.step else "from the start"
     return (
-        f"training {begin} to step {total_steps}: {len(reader):,} instances, batch {config.data.batch_size}, "
-        f"{config.epochs} epochs, R(2+1)D-{config.model.video_depth}, {group.size} process(es) on {device.type}"
+        f"training {begin} to step {total_steps}: {clips.num_instances:,} instances, "
+        f"batch {config.data.batch_size}, {config.epochs} epochs, R(2+1)D-{config.model.video_depth}, "
+        f"{group.size} process(es) on {device.type}"
     )

@@ -1,39 +1,37 @@
-"""Batches of clips: threads read and decode ahead, DALI augments, torch tensors come out."""
+"""Batches of clips: threads read and decode ahead, torch tensors come out, in the order of the plan."""
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, TypedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from nvidia.dali.plugin.pytorch import feed_ndarray
 
-from avid_pipeline.clips.dali_graph import GraphSettings, build_graph, pack
-from avid_pipeline.clips.reading import ClipChoice, HostClip, read_clip
-from avid_pipeline.clips.settings import ClipSettings
+from avid_pipeline.clips.batch import ClipBatch, Recipe
+from avid_pipeline.clips.engines import Engine, Work
+from avid_pipeline.clips.failures import FailurePolicy
+from avid_pipeline.clips.host_engine import HostEngine
+from avid_pipeline.clips.reading import ClipChoice
+from avid_pipeline.clips.settings import ClipSettings, resolve_modalities
 from avid_pipeline.errors import ConfigError, ManifestError
-from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
+from avid_pipeline.shards_spec.manifest import Modality, SpectrogramStatistics
 from avid_pipeline.shards_spec.reader import ShardReader
-from avid_pipeline.streams.batches import Batch
+from avid_pipeline.shards_spec.spectrogram import NUM_FREQUENCIES
+from avid_pipeline.streams.batches import Batch, IntArray
+from avid_pipeline.streams.fetching import SampleFetcher
 
-_BATCHES_AHEAD = 3
+__all__ = ["ClipBatch", "ClipLoader", "evaluation_batches"]
 
+_BATCHES_DECODED_AHEAD = 3
+# Requests cost no memory before they start, and how many start is the fetcher's to decide.
+_BATCHES_REQUESTED_AHEAD = 8
 
-class ClipBatch(TypedDict):
-    """A batch of clips.
-
-    ``video`` float32 [B, 3, T, H, W], ``audio`` float32 [B, 1, frames, 257], ``index`` int64 [B] (instance
-    indices), ``visit`` int64 [B], ``label`` int64 [B] (first label, -1 without one).
-    """
-
-    video: torch.Tensor
-    audio: torch.Tensor
-    index: torch.Tensor
-    visit: torch.Tensor
-    label: torch.Tensor
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class ClipLoader:
@@ -42,17 +40,20 @@ class ClipLoader:
     Args:
         reader: the data set.
         batches: which visits each batch holds, for example ``plan(…).rank_batches(…)``; none is larger than the first.
-        clip: length and size of clips.
+        clip: length and size of clips; their modalities are those that every sample has, unless given (see
+            :func:`~avid_pipeline.clips.settings.resolve_modalities` for a subset).
         choice: how clips are chosen and augmented.
         statistics: of spectrograms, for normalisation; those of the data set's own manifest by default. Give the
             training set's when evaluating on another split.
-        device: ``cpu`` decodes with PyAV and augments with DALI on the CPU; ``gpu`` decodes and augments with DALI
-            on the current CUDA device.
+        device: ``cpu`` decodes with PyAV; ``gpu`` decodes and augments with DALI on the current CUDA device.
+        operators: what augments on the CPU: ``opencv``, or ``dali``, which is slower and the reference.
         workers: threads that read and decode; by default one for each core this process may use.
+        failures: what becomes of samples that cannot be decoded; by default they are an error.
+        fetcher: what reads the samples ahead; by default one with default buffers. It is closed after every pass.
 
     Raises:
         ConfigError: ``gpu`` without a CUDA device, or clip frame rates that the stored one is no multiple of.
-        ManifestError: there are no spectrogram statistics.
+        ManifestError: sound is wanted, but there are no spectrogram statistics.
     """
 
     def __init__(
@@ -64,27 +65,20 @@ class ClipLoader:
         *,
         statistics: SpectrogramStatistics | None = None,
         device: Literal["cpu", "gpu"] = "cpu",
+        operators: Literal["opencv", "dali"] = "opencv",
         workers: int | None = None,
+        failures: FailurePolicy | None = None,
+        fetcher: Callable[[ShardReader], SampleFetcher] = SampleFetcher,
     ) -> None:
-        statistics = statistics or reader.manifest.spectrogram_statistics
-        if statistics is None:
-            raise ManifestError(f"{reader.storage.url}: the manifest has no spectrogram_statistics (no sound)")
+        clip = clip if clip.modalities else resolve_modalities(clip, reader.manifest)
         self._reader = reader
         self._batches = batches
-        self._clip = clip
-        self._choice = choice
-        self._decode: Literal["here", "later"] = "later" if device == "gpu" else "here"
         self._workers = workers or len(os.sched_getaffinity(0))
-        mean, std = statistics.arrays()
-        self._graph = GraphSettings(
-            clip=clip,
-            mean=mean,
-            std=std,
-            batch_size=len(batches[0]) if batches else 1,
-            threads=self._workers,
-            device_id=_cuda_device() if device == "gpu" else None,
-            frame_stride=_frame_stride(reader, clip) if device == "gpu" else 1,
-        )
+        self._fetcher = fetcher
+        self.failures = failures or FailurePolicy()
+        recipe = Recipe(clip, choice, *_normalisation(reader, clip.modalities or (), statistics))
+        largest = len(batches[0]) if batches else 1
+        self._engine = _engine(recipe, reader, largest, self._workers, device, operators)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -94,92 +88,93 @@ class ClipLoader:
 
         Raises:
             ShardError: a shard is damaged.
-            SampleError: a sample cannot be decoded.
+            StorageError: it cannot be read.
+            SampleError: a sample cannot be decoded and may not be replaced, or too many cannot.
         """
-        delivered: deque[tuple[Batch, list[HostClip]]] = deque()
-        with ThreadPoolExecutor(self._workers, thread_name_prefix="clip-loader") as pool:
-            waiting: deque[tuple[Batch, list[Future[HostClip]]]] = deque()
-            upcoming = iter(self._batches)
-
-            def source() -> tuple[list[npt.NDArray[Any]], ...]:
-                while len(waiting) <= _BATCHES_AHEAD and (batch := next(upcoming, None)) is not None:
-                    waiting.append((batch, self._submit(pool, batch)))
-                if not waiting:
-                    raise StopIteration
-                batch, futures = waiting.popleft()
-                clips = [future.result() for future in futures]
-                delivered.append((batch, clips))
-                return pack(clips, self._graph)
-
-            pipeline = build_graph(source, self._graph)
+        with (
+            ThreadPoolExecutor(self._workers, thread_name_prefix="clip-loader") as pool,
+            self._fetcher(self._reader) as fetcher,
+        ):
+            numbered = enumerate(self._batches)
+            requests = _ahead(
+                numbered,
+                lambda item: Work(*item, [fetcher.request(int(instance)) for instance in item[1].instances]),
+                _BATCHES_REQUESTED_AHEAD,
+            )
+            started = _ahead(
+                requests,
+                lambda work: self._engine.start(work, pool, self._reader, self.failures),
+                _BATCHES_DECODED_AHEAD,
+            )
             try:
-                for _ in range(len(self._batches)):
-                    video, audio = pipeline.run()
-                    yield self._collate(video, audio, *delivered.popleft())
+                with closing(self._engine.finish(started, len(self._batches))) as batches:
+                    yield from batches
             finally:
-                for _, futures in waiting:
-                    for future in futures:
-                        future.cancel()
+                # What has not begun never will; what has begun ends before the threads do.
+                pool.shutdown(wait=False, cancel_futures=True)
 
-    def _submit(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[HostClip]]:
-        return [
-            pool.submit(self._read, int(instance), int(visit))
-            for instance, visit in zip(batch.instances, batch.visits, strict=True)
-        ]
 
-    def _read(self, instance: int, visit: int) -> HostClip:
-        sample = self._reader.read(instance)
-        return read_clip(sample, instance, visit, self._clip, self._choice, self._decode)
+def _ahead(items: Iterator[Item], start: Callable[[Item], Result], count: int) -> Iterator[Result]:
+    """Results of ``start``, which is called ``count`` items before its result is wanted."""
+    waiting: deque[Result] = deque()
+    for item in items:
+        waiting.append(start(item))
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
 
-    def _collate(self, video: Any, audio: Any, batch: Batch, clips: list[HostClip]) -> ClipBatch:
-        return ClipBatch(
-            video=_to_torch(video, self._graph.device_id),
-            audio=_to_torch(audio, self._graph.device_id),
-            index=torch.from_numpy(np.asarray(batch.instances, dtype=np.int64)),
-            visit=torch.from_numpy(np.asarray(batch.visits, dtype=np.int64)),
-            label=torch.tensor([clip.label for clip in clips], dtype=torch.int64),
-        )
+
+def _engine(
+    recipe: Recipe,
+    reader: ShardReader,
+    batch_size: int,
+    workers: int,
+    device: Literal["cpu", "gpu"],
+    operators: Literal["opencv", "dali"],
+) -> Engine:
+    if device == "cpu" and operators == "opencv":
+        return HostEngine(recipe)
+    # DALI is imported only where it is used.
+    from avid_pipeline.clips.dali_engine import DaliEngine
+
+    return DaliEngine(recipe, reader.manifest, batch_size, workers, _cuda_device() if device == "gpu" else None)
+
+
+def _normalisation(
+    reader: ShardReader, modalities: tuple[Modality, ...], statistics: SpectrogramStatistics | None
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    statistics = statistics or reader.manifest.spectrogram_statistics
+    if statistics is not None:
+        return statistics.arrays()
+    if "audio" in modalities:
+        raise ManifestError(f"{reader.storage.url}: the manifest has no spectrogram_statistics (no sound)")
+    return np.zeros(NUM_FREQUENCIES, dtype=np.float32), np.ones(NUM_FREQUENCIES, dtype=np.float32)
 
 
 def evaluation_batches(
-    count: int, clips_per_instance: int, batch_size: int, rank: int = 0, world_size: int = 1
+    instances: int | IntArray, clips_per_instance: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> list[Batch]:
     """Every clip of every instance once, in order; the last batch may be smaller.
 
-    Ranks get neighbouring runs of instances whose lengths differ by at most one, so that nothing is seen twice.
+    Args:
+        instances: how many there are, for all of a data set, or the indices of a subset, int64 [n].
+        clips_per_instance: clips of each.
+        batch_size: clips in a batch.
+        rank: of this process.
+        world_size: number of processes. Ranks get neighbouring runs of instances whose lengths differ by at most one,
+            so that nothing is seen twice.
     """
-    first, stop = rank * count // world_size, (rank + 1) * count // world_size
-    instances = np.repeat(np.arange(first, stop, dtype=np.int64), clips_per_instance)
-    visits = np.tile(np.arange(clips_per_instance, dtype=np.int64), stop - first)
+    indices = np.arange(instances, dtype=np.int64) if isinstance(instances, int) else instances
+    own = indices[rank * len(indices) // world_size : (rank + 1) * len(indices) // world_size]
+    repeated = np.repeat(own, clips_per_instance)
+    visits = np.tile(np.arange(clips_per_instance, dtype=np.int64), len(own))
     return [
-        Batch(instances[start : start + batch_size], visits[start : start + batch_size])
-        for start in range(0, len(instances), batch_size)
+        Batch(repeated[start : start + batch_size], visits[start : start + batch_size])
+        for start in range(0, len(repeated), batch_size)
     ]
-
-
-def _to_torch(tensors: Any, device_id: int | None) -> torch.Tensor:
-    """Copy a DALI batch, whose memory DALI uses again, to a float32 tensor."""
-    dense = tensors.as_tensor()
-    device = torch.device("cpu") if device_id is None else torch.device("cuda", device_id)
-    copy = torch.empty(dense.shape(), dtype=torch.float32, device=device)
-    stream = None if device_id is None else torch.cuda.current_stream(device)
-    feed_ndarray(dense, copy, cuda_stream=stream)
-    return copy
 
 
 def _cuda_device() -> int:
     if not torch.cuda.is_available():
         raise ConfigError("device: gpu: torch finds no CUDA device; use device cpu")
     return torch.cuda.current_device()
-
-
-def _frame_stride(reader: ShardReader, clip: ClipSettings) -> int:
-    """Stored frames from one clip frame to the next; GPU decoding selects frames by number."""
-    video = reader.manifest.parameters.video
-    stride = video.fps / clip.fps
-    if video.codec == "copy" or stride != int(stride):
-        raise ConfigError(
-            f"clip.fps: GPU decoding takes every n-th stored frame, but {video.fps} stored frames a second "
-            f"(codec {video.codec}) are no multiple of {clip.fps}; convert the data set at that rate or use device cpu"
-        )
-    return int(stride)

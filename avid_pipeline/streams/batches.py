@@ -22,24 +22,24 @@ class Batch:
 
 
 class LazyBatches(Sequence[Batch]):
-    """A sequence of batches that are made when they are asked for.
+    """A sequence of batches that are made when they are asked for; so are those of its slices.
 
     Args:
         make: gives the batch of a number.
-        count: how many there are.
+        numbers: of the batches, in their order.
     """
 
-    def __init__(self, make: Callable[[int], Batch], count: int) -> None:
+    def __init__(self, make: Callable[[int], Batch], numbers: range) -> None:
         self._make = make
-        self._count = count
+        self._numbers = numbers
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._numbers)
 
     @overload
-    def __getitem__(self, number: int) -> Batch: ...
+    def __getitem__(self, place: int) -> Batch: ...
     @overload
-    def __getitem__(self, number: slice) -> Sequence[Batch]: ...
-    def __getitem__(self, number: int | slice) -> Batch | Sequence[Batch]:
-        wanted = range(self._count)[number]
-        return self._make(wanted) if isinstance(wanted, int) else [self._make(each) for each in wanted]
+    def __getitem__(self, place: slice) -> "LazyBatches": ...
+    def __getitem__(self, place: int | slice) -> "Batch | LazyBatches":
+        wanted = self._numbers[place]
+        return self._make(wanted) if isinstance(wanted, int) else LazyBatches(self._make, wanted)

@@ -2,40 +2,49 @@
 
 How the order is made:
 
-1. Shards are shuffled, and their instances laid end to end. The line is cut into ``streams`` equal canonical
-   streams; what is left over (fewer instances than streams) is the *remainder*.
-2. A stream is cut into blocks of neighbouring instances. All visits of all blocks, over all passes, are shuffled
-   together; within a visit the instances are permuted. So the visits of an instance are spread over the epoch,
-   and a stream reads runs of a shard.
-3. The streams take turns, one instance each. After every pass-length of turns comes the remainder, once.
+1. Shards are shuffled, and their instances laid end to end. The line is cut into canonical *streams* of neighbours,
+   equally long to one instance. There are as many streams as a global batch has clips, or a multiple of that; then
+   streams that follow each other in turn lie far apart in the line.
+2. A stream is cut into blocks of neighbours. All visits of all its blocks, over all passes, are shuffled together;
+   a block is read from its first instance to its last. So the visits of an instance lie anywhere in the epoch, and
+   a stream reads runs of a shard.
+3. The streams take turns, one instance each; where they are not equally long, the longer ones have one more turn at
+   the end of each pass. The streams begin at different places of their first block, so that they do not all go on
+   to another block at once.
 4. The line of visits is cut into global batches; an incomplete last one is dropped.
 
-An instance is at most once in a global batch: streams share no instance, and within a stream two visits of one
-instance are always at least a batch apart.
+An instance is at most once in a global batch: streams share no instance. A batch holds one visit of a stream, or two
+that follow each other (around the end of a pass), and two that follow each other are never of one instance.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from avid_pipeline.errors import PlanError
 from avid_pipeline.shards_spec.manifest import Manifest
 from avid_pipeline.streams.batches import Batch, IntArray, LazyBatches
 
 # First word of the key of every generator here, so that no two purposes share a sequence.
-_SHARD_ORDER, _BLOCK_ORDER, _WITHIN_BLOCK, _REMAINDER_ORDER = range(4)
+_SHARD_ORDER, _BLOCK_ORDER = range(2)
 
 # A stream of one block would go pass after pass.
 _BLOCKS_PER_STREAM = 8
+# With fewer instances in a stream, their visits cannot be shuffled over all passes and kept apart.
+_FEW = 5
 
 
 class EpochPlan:
-    """Who reads what in one epoch; build it with :func:`plan`.
+    """Who reads what in one epoch; build it with :func:`plan`. It does not change, and may be pickled.
 
     Attributes:
         num_batches: global batches in the epoch; every rank gets as many.
         global_batch_size: visits in a global batch.
+        num_streams: canonical streams; every number of ranks that can share a batch equally divides it.
+        block_size: fewest instances in a block.
     """
 
     def __init__(
@@ -46,22 +55,20 @@ class EpochPlan:
         epoch: int,
         clips_per_instance: int,
         global_batch_size: int,
-        streams: int,
+        num_streams: int,
         block_size: int,
     ) -> None:
-        self._line = line
-        self._seed = seed
-        self._epoch = epoch
-        self._clips = clips_per_instance
-        self._streams = streams
-        self._stream_length = len(line) // streams
-        self._blocks = max(1, self._stream_length // block_size)
-        # Two visits of an instance this many turns of its stream apart cannot meet in a batch.
-        self._apart = -(-global_batch_size // streams)
-        self._block_visits = lru_cache(maxsize=streams)(self._shuffle_block_visits)
-        self._permutation = lru_cache(maxsize=4 * streams)(self._permute_block)
-        self.global_batch_size = global_batch_size
         self.num_batches = len(line) * clips_per_instance // global_batch_size
+        self.global_batch_size = global_batch_size
+        self.num_streams = num_streams
+        self._line = line
+        self._clips = clips_per_instance
+        self._length, self._longer = divmod(len(line), num_streams)
+        self._blocks = max(1, self._length // min(block_size, max(1, self._length // _BLOCKS_PER_STREAM)))
+        self.block_size = self._length // self._blocks
+        generator = np.random.default_rng([_BLOCK_ORDER, seed, epoch])
+        self._firsts = _first_places(self._length, self._longer, num_streams, global_batch_size)
+        self._visits, self._ends = self._shuffle_visits(generator)
 
     def global_batch(self, step: int) -> Batch:
         """The global batch at a step of the epoch, in its order; the same for any number of ranks and workers.
@@ -74,30 +81,56 @@ class EpochPlan:
     def rank_batch(self, step: int, rank: int, world_size: int) -> Batch:
         """A rank's equal share of the global batch at a step.
 
-        A rank keeps reading the same streams; only where turns do not fill a batch evenly (once a pass, at the
-        remainder) do single visits move to another rank.
+        A rank keeps reading the same streams; only where a pass ends within a batch may single visits move to
+        another rank.
 
         Raises:
-            PlanError: the epoch has no such step, or the batch cannot be divided by the world size.
+            PlanError: the epoch has no such step, there is no such rank, or :meth:`check_world_size` fails.
         """
-        if self.global_batch_size % world_size:
-            raise PlanError(
-                f"a global batch of {self.global_batch_size} cannot be divided by {world_size} ranks; "
-                "choose a multiple of the number of ranks"
-            )
-        if not 0 <= rank < world_size:
-            raise PlanError(f"rank {rank}: expected 0 to {world_size - 1}")
+        self._check_rank(rank, world_size)
         places = self._places(step)
-        turns = places % len(self._line)
-        return self._look_up(places[_divide(turns % world_size, world_size) == rank])
+        streams = places % len(self._line) % self.num_streams
+        return self._look_up(places[_divide(streams % world_size, world_size) == rank])
 
     def rank_batches(self, rank: int, world_size: int, first: int = 0) -> Sequence[Batch]:
         """A rank's shares of all global batches from step ``first`` on, each made when it is asked for.
 
         Raises:
-            PlanError: as :meth:`rank_batch`, when a batch is asked for.
+            PlanError: there is no such rank, ``first`` is not within the epoch, or :meth:`check_world_size` fails.
         """
-        return LazyBatches(lambda number: self.rank_batch(first + number, rank, world_size), self.num_batches - first)
+        self._check_rank(rank, world_size)
+        if not 0 <= first <= self.num_batches:
+            raise PlanError(f"first step {first} of the epoch: expected 0 to {self.num_batches}")
+        return LazyBatches(partial(self.rank_batch, rank=rank, world_size=world_size), range(first, self.num_batches))
+
+    def check_world_size(self, world_size: int) -> None:
+        """Whether so many ranks can share the epoch: each must get as many clips of every global batch.
+
+        Raises:
+            PlanError: they cannot; the message says the largest possible number.
+        """
+        size = self.global_batch_size
+        if world_size < 1:
+            raise PlanError(f"{world_size} ranks: expected at least 1")
+        if size % world_size == 0:
+            return
+        below = max(number for number in range(1, min(world_size, size) + 1) if size % number == 0)
+        possible = f"the largest possible number is {size}"
+        if below < size:
+            possible += f", and below {world_size} it is {below}"
+        larger = -(-size // world_size) * world_size
+        if larger <= len(self._line):
+            possible += f"; or use a batch size that is a multiple of {world_size}, such as {larger}"
+        elif world_size > len(self._line):
+            possible += (
+                f"; the data have {len(self._line)} instances, and an instance is at most once in a global batch"
+            )
+        raise PlanError(f"{world_size} ranks cannot share a global batch of {size} clips equally: {possible}")
+
+    def _check_rank(self, rank: int, world_size: int) -> None:
+        self.check_world_size(world_size)
+        if not 0 <= rank < world_size:
+            raise PlanError(f"rank {rank}: expected 0 to {world_size - 1}")
 
     def _places(self, step: int) -> IntArray:
         """Places of a global batch in the line of visits, int64 [global batch size]."""
@@ -106,65 +139,44 @@ class EpochPlan:
         return np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size, dtype=np.int64)
 
     def _look_up(self, places: IntArray) -> Batch:
+        """The visits at places in the line of visits."""
         passes, turns = np.divmod(places, len(self._line))
-        instances, visits = np.empty_like(places), np.empty_like(places)
-        regular = turns < self._streams * self._stream_length
-        positions = passes * self._stream_length + turns // self._streams
-        for place in np.flatnonzero(regular):
-            stream = int(turns[place] % self._streams)
-            instances[place], visits[place] = self._visit(stream, int(positions[place]))
-        for place in np.flatnonzero(~regular):
-            number = int(turns[place]) - self._streams * self._stream_length
-            instances[place], visits[place] = self._remainder(int(passes[place]))[number], passes[place]
+        rounds, streams = np.divmod(turns, self.num_streams)
+        lengths = self._length + (streams < self._longer)
+        delays = streams * self.block_size // self.num_streams
+        before = (streams * self._length + np.minimum(streams, self._longer)) * self._clips
+        positions = (passes * lengths + rounds + delays) % (lengths * self._clips) + before
+        # As the type of the ends, for searching would convert all of them.
+        found = np.searchsorted(self._ends, positions.astype(self._ends.dtype), side="right")
+        begins = np.where(found > 0, self._ends[found - 1], 0)
+        visits, blocks = np.divmod(self._visits[found].astype(np.int64), self._blocks)
+        instances = self._line[self._firsts[streams] + blocks * lengths // self._blocks + positions - begins]
         return Batch(instances, visits)
 
-    def _visit(self, stream: int, position: int) -> tuple[int, int]:
-        """The instance and visit number at a position of a stream, from 0 to stream length x clips."""
-        _, visits, ends = self._block_visits(stream)
-        turn = int(np.searchsorted(ends, position, side="right"))
-        within = position - (int(ends[turn - 1]) if turn else 0)
-        return int(self._permutation(stream, turn)[within]), int(visits[turn])
+    def _shuffle_visits(self, generator: np.random.Generator) -> tuple[npt.NDArray[np.integer], IntArray]:
+        """All block visits, stream after stream, each stream's in order.
 
-    def _shuffle_block_visits(self, stream: int) -> tuple[IntArray, IntArray, IntArray]:
-        """All block visits of a stream in order: block numbers, visit numbers, ends in the stream."""
-        order = self._generator(_BLOCK_ORDER, stream).permutation(self._blocks * self._clips)
-        visits, blocks = np.divmod(order, self._blocks)
-        sizes = np.diff(self._block_bounds())
-        return blocks, visits, np.cumsum(sizes[blocks])
-
-    def _permute_block(self, stream: int, turn: int) -> IntArray:
-        """The instances of a stream's block visit, in their order."""
-        own = self._raw_permutation(stream, turn)
-        reach = self._apart - 1
-        if turn == 0 or reach == 0:
-            return own
-        if self._must_repeat_order():
-            return own
-        before = self._raw_permutation(stream, turn - 1)[-reach:]
-        return _keep_apart(own, before, reach)
-
-    def _must_repeat_order(self) -> bool:
-        """Whether the data are so few that only the same order in each pass keeps visits a batch apart."""
-        return self._blocks == 1 and self._stream_length < 3 * self._apart
-
-    def _raw_permutation(self, stream: int, turn: int) -> IntArray:
-        blocks, visits, _ = self._block_visits(stream)
-        block = int(blocks[turn])
-        visit = 0 if self._must_repeat_order() else int(visits[turn])
-        bounds = self._block_bounds()
-        first = stream * self._stream_length + int(bounds[block])
-        instances = self._line[first : first + int(bounds[block + 1] - bounds[block])]
-        return self._generator(_WITHIN_BLOCK, stream, block, visit).permutation(instances)
-
-    def _remainder(self, number: int) -> IntArray:
-        rest = self._line[self._streams * self._stream_length :]
-        return self._generator(_REMAINDER_ORDER, number).permutation(rest)
-
-    def _block_bounds(self) -> IntArray:
-        return np.arange(self._blocks + 1, dtype=np.int64) * self._stream_length // self._blocks
-
-    def _generator(self, purpose: int, *words: int) -> np.random.Generator:
-        return np.random.default_rng([purpose, self._seed, self._epoch, *words])
+        Returns:
+            ``visit number x blocks + block`` of each, and where it ends if all were read one after the other; both
+            [streams x clips x blocks].
+        """
+        count = self._blocks * self._clips
+        visits = np.empty((self.num_streams, count), dtype=_smallest_type(count))
+        sizes = np.empty((self.num_streams, count), dtype=_smallest_type(len(self._line) * self._clips))
+        few = self._length < _FEW
+        for stream in range(self.num_streams):
+            longer = stream < self._longer
+            if few:
+                row = _pass_after_pass(self._blocks, self._clips, generator, differ=longer)
+            else:
+                row = generator.permutation(count)
+                if self.block_size == 1:
+                    _separate(row, self._blocks, generator)
+            visits[stream] = row
+            bounds = np.arange(self._blocks + 1) * (self._length + longer) // self._blocks
+            sizes[stream] = np.diff(bounds)[row % self._blocks]
+        flat = sizes.reshape(-1)
+        return visits.reshape(-1), np.cumsum(flat, out=flat)
 
 
 def plan(
@@ -175,7 +187,8 @@ def plan(
     clips_per_instance: int,
     global_batch_size: int,
     canonical_streams: int = 64,
-    block_size: int = 128,
+    block_size: int = 8,
+    subset: str | None = None,
 ) -> EpochPlan:
     """Plan an epoch of training from the manifest alone.
 
@@ -185,72 +198,122 @@ def plan(
         epoch: from 0; every epoch has another order.
         clips_per_instance: visits of every instance in the epoch.
         global_batch_size: clips in a step over all ranks.
-        canonical_streams: into how many streams the data are cut; what any number of ranks and loader workers
-            that divides it reads together is the same. Small data sets use fewer (a divisor of it).
-        block_size: about how many neighbouring instances a stream visits together; fewer where streams are short, so
-            that visits spread there too.
+        canonical_streams: into at least how many streams the data are cut; there are never fewer than a global batch
+            has clips, and always a multiple of that. Few data are cut into fewer.
+        block_size: how many neighbouring instances a stream reads together; fewer where streams are short, so that
+            visits spread there too.
+        subset: only the instances of this subset of the manifest; they keep their indices.
 
     Raises:
-        PlanError: the global batch is larger than the data set, or a number is not positive.
+        PlanError: the global batch is larger than the data, or a number is too small.
+        ManifestError: there is no subset of that name.
     """
-    numbers = {
-        "clips_per_instance": clips_per_instance,
-        "global_batch_size": global_batch_size,
-        "canonical_streams": canonical_streams,
-        "block_size": block_size,
-    }
-    for name, value in numbers.items():
-        if value < 1:
-            raise PlanError(f"{name}: expected at least 1, found {value}")
-    count = manifest.num_samples
+    _check_at_least(0, seed=seed, epoch=epoch)
+    _check_at_least(
+        1,
+        clips_per_instance=clips_per_instance,
+        global_batch_size=global_batch_size,
+        canonical_streams=canonical_streams,
+        block_size=block_size,
+    )
+    chosen = None if subset is None else manifest.subset_indices(subset)
+    count = manifest.num_samples if chosen is None else len(chosen)
     if global_batch_size > count:
         raise PlanError(
-            f"global batch size {global_batch_size}: the data set has {count} instances, and an instance is at "
-            f"most once in a global batch; use at most {count}"
+            f"global batch size {global_batch_size}: the {'data set' if subset is None else f'subset {subset}'} has "
+            f"{count} instances, and an instance is at most once in a global batch; use at most {count}, "
+            f"for at most {count} ranks"
         )
-    streams = _usable_streams(count, global_batch_size, canonical_streams)
-    apart = -(-global_batch_size // streams)
+    batches = -(-canonical_streams // global_batch_size)
+    batches = max(1, min(batches, count // (_BLOCKS_PER_STREAM * global_batch_size)))
     return EpochPlan(
-        _line_of_instances(manifest, seed, epoch),
+        _line_of_instances(manifest, chosen, seed, epoch),
         seed=seed,
         epoch=epoch,
         clips_per_instance=clips_per_instance,
         global_batch_size=global_batch_size,
-        streams=streams,
-        block_size=max(min(block_size, count // streams // _BLOCKS_PER_STREAM), 3 * apart if apart > 1 else 1),
+        num_streams=batches * global_batch_size,
+        block_size=block_size,
     )
 
 
-def _usable_streams(count: int, global_batch_size: int, canonical_streams: int) -> int:
-    """The largest divisor of the canonical streams that leaves every stream room to keep visits apart."""
-    for streams in range(canonical_streams, 1, -1):
-        if canonical_streams % streams == 0 and count // streams >= 3 * -(-global_batch_size // streams):
-            return streams
-    return 1
+def _check_at_least(least: int, **numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < least:
+            raise PlanError(f"{name}: expected at least {least}, found {value}")
 
 
-def _line_of_instances(manifest: Manifest, seed: int, epoch: int) -> IntArray:
-    """All instance indices, shard after shard in a shuffled order."""
-    order = np.random.default_rng([_SHARD_ORDER, seed, epoch]).permutation(len(manifest.shards))
-    parts: Sequence[IntArray] = [
-        np.arange(shard.first_index, shard.first_index + shard.samples, dtype=np.int64)
-        for shard in (manifest.shards[number] for number in order)
-    ]
-    return np.concatenate(parts)
+def _line_of_instances(manifest: Manifest, chosen: IntArray | None, seed: int, epoch: int) -> IntArray:
+    """The chosen instance indices (ascending; None for all), shard after shard in a shuffled order."""
+    sizes = np.array([shard.samples for shard in manifest.shards], dtype=np.int64)
+    stops = np.cumsum(sizes)
+    starts = stops - sizes
+    if chosen is not None:
+        starts, stops = np.searchsorted(chosen, starts), np.searchsorted(chosen, stops)
+    order = np.random.default_rng([_SHARD_ORDER, seed, epoch]).permutation(len(sizes))
+    sizes = (stops - starts)[order]
+    # Ranges laid end to end: places in the line, moved from where a range lies there to where it begins.
+    line = np.repeat(starts[order] - np.cumsum(sizes) + sizes, sizes)
+    line += np.arange(len(line), dtype=np.int64)
+    return line if chosen is None else chosen[line]
 
 
-def _keep_apart(instances: IntArray, before: IntArray, reach: int) -> IntArray:
-    """Move instances out of the first ``reach`` places that were among the last places before.
+def _first_places(length: int, longer: int, num_streams: int, global_batch_size: int) -> IntArray:
+    """Where each stream begins in the line of instances, int64 [streams].
 
-    They change places with instances from the middle; the last ``reach`` places stay as they are, so that what
-    follows can be planned without knowing what this function did.
+    Streams of one global batch lie as far apart as they can: neighbours in the line are in different batches.
+
+    Args:
+        length: of the shorter streams.
+        longer: how many streams have one instance more; they are the first ones to take their turn.
+        num_streams: a multiple of the global batch size.
+        global_batch_size: how many streams a batch takes.
     """
-    moved = instances.copy()
-    recent = np.isin(moved, before)
-    clashing = np.flatnonzero(recent[:reach])
-    free = reach + np.flatnonzero(~recent[reach : len(moved) - reach])[: len(clashing)]
-    moved[clashing], moved[free] = instances[free], instances[clashing]
-    return moved
+    streams = np.arange(num_streams, dtype=np.int64)
+    in_line = streams.reshape(-1, global_batch_size).T.reshape(-1)
+    lengths = length + (in_line < longer)
+    firsts = np.empty_like(streams)
+    firsts[in_line] = np.cumsum(lengths) - lengths
+    return firsts
+
+
+def _pass_after_pass(blocks: int, clips: int, generator: np.random.Generator, *, differ: bool) -> IntArray:
+    """Block visits in which each pass has all blocks, in another order.
+
+    Args:
+        blocks: of the stream.
+        clips: passes.
+        generator: draws the orders.
+        differ: whether the first block of a pass must not be the last of the pass before.
+    """
+    passes = generator.permuted(np.broadcast_to(np.arange(blocks), (clips, blocks)), axis=1)
+    if differ and blocks > 1:
+        for before, after in pairwise(passes):
+            if before[-1] == after[0]:
+                after[:2] = after[1::-1]
+    return (passes + np.arange(clips)[:, None] * blocks).reshape(-1)
+
+
+def _separate(visits: IntArray, blocks: int, generator: np.random.Generator) -> None:
+    """Change places, in place, until no two visits in a row are of one block.
+
+    With five blocks or more there always is a place to change with: fewer than four fifths of all visits are of the
+    block or next to one, and fewer than a fifth are of the block that follows.
+    """
+    count = len(visits)
+    clashes = np.flatnonzero(np.diff(visits % blocks) == 0)
+
+    def block_at(place: int) -> int:
+        return int(visits[place]) % blocks if 0 <= place < count else -1
+
+    for clash in clashes.tolist():
+        moved = clash + 1
+        block = block_at(moved)
+        while block_at(clash) == block_at(moved):
+            other = int(generator.integers(count))
+            beside = (block_at(other - 1), block_at(other), block_at(other + 1))
+            if block not in beside and block_at(other) != block_at(moved + 1):
+                visits[moved], visits[other] = visits[other], visits[moved]
 
 
 def _divide(wanted: IntArray, world_size: int) -> IntArray:
@@ -259,12 +322,16 @@ def _divide(wanted: IntArray, world_size: int) -> IntArray:
     Entries beyond a rank's share go, in order, to the ranks that lack some.
     """
     share = len(wanted) // world_size
+    counts = np.bincount(wanted, minlength=world_size)
+    if (counts == share).all():
+        return wanted
+    by_rank = np.argsort(wanted, kind="stable")
+    number_within = np.arange(len(wanted)) - np.repeat(np.cumsum(counts) - counts, counts)
     ranks = wanted.copy()
-    surplus: list[int] = []
-    lacking: list[int] = []
-    for rank in range(world_size):
-        mine = np.flatnonzero(wanted == rank)
-        surplus += mine[share:].tolist()
-        lacking += [rank] * (share - len(mine))
-    ranks[sorted(surplus)] = lacking
+    surplus = np.sort(by_rank[number_within >= share])
+    ranks[surplus] = np.repeat(np.arange(world_size), np.maximum(share - counts, 0))
     return ranks
+
+
+def _smallest_type(largest: int) -> type[np.integer]:
+    return np.int32 if largest < 2**31 else np.int64

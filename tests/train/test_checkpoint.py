@@ -9,6 +9,7 @@ from avid_pipeline.errors import CheckpointError
 from avid_pipeline.models import AVModel, load_pretrained
 from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
 from avid_pipeline.shards_spec.storage import open_storage
+from avid_pipeline.streams.state import StreamState
 from avid_pipeline.train.checkpoint import (
     BANK_NAME,
     has_record,
@@ -35,10 +36,8 @@ def save(folder, step=7, epoch=1, seed=0):
     config_file.write_text("epochs: 2\ndata: {batch_size: 2}\noptimizer: {learning_rate: 1e-3}\n")
     return save_checkpoint(
         open_storage(folder),
-        epoch=epoch,
-        step=step,
+        stream=StreamState("sha256:of the data", seed=0, epoch=epoch, step=step),
         config=load_config(config_file, TrainConfig),
-        manifest_fingerprint="sha256:of the data",
         statistics=SpectrogramStatistics(mean=(0.0,) * 257, std=(1.0,) * 257, frames=3),
         model=new_model(seed),
         trainer_state={"criterion": {"step": step, "partition_function": 2.5}},
@@ -67,8 +66,8 @@ def test_everything_comes_back(saved):
     assert has_record(open_storage(folder / name))
     record = read_record(root)
     assert record == read_record(open_storage(folder / name))
-    assert (record.epoch, record.step, record.config["epochs"]) == (1, 7, 2)
-    assert record.manifest_fingerprint == "sha256:of the data"
+    assert record.config["epochs"] == 2
+    assert StreamState.from_dict(record.stream) == StreamState("sha256:of the data", seed=0, epoch=1, step=7)
     model, bank = new_model(seed=1), MemoryBank(INSTANCES, DIM, seed=1)
     restore_model(root, name, record, model)
     restore_bank(root, name, bank)
@@ -84,7 +83,7 @@ def test_the_newest_is_the_one_that_counts(tmp_path):
     newer = save(tmp_path, step=9, epoch=2, seed=1)
     root = open_storage(tmp_path)
     assert latest_checkpoint(root) == newer
-    assert read_record(root).step == 9
+    assert read_record(root).stream["step"] == 9
     assert torch.equal(
         load_pretrained(tmp_path).video_proj.projection[0].weight, new_model(1).video_proj.projection[0].weight
     )
@@ -160,7 +159,7 @@ def test_a_bank_of_other_data_is_refused(saved):
     [
         (lambda content: content | {"format_version": 2}, "format_version"),
         (lambda content: content | {"spam": 1}, "spam"),
-        (lambda content: {key: value for key, value in content.items() if key != "step"}, "step"),
+        (lambda content: {key: value for key, value in content.items() if key != "stream"}, "stream"),
     ],
 )
 def test_a_record_of_another_form_names_the_field(copy, change, message):

@@ -136,7 +136,7 @@ def test_killed_and_resumed(small_dataset, tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert read_record(open_storage(tmp_path / "run")).epoch >= 1
+    assert read_record(open_storage(tmp_path / "run")).stream["epoch"] >= 1
     done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "training from step" in done.stdout
@@ -170,7 +170,7 @@ def test_every_epoch_has_its_own_clips_also_when_resumed(small_dataset, tmp_path
             loaded.append((choice.seed, choice.epoch, choice.augmentation, visits))
             super().__init__(reader, batches, clip, choice, **options)
 
-    monkeypatch.setattr("avid_pipeline.train.trainer.ClipLoader", RecordingLoader)
+    monkeypatch.setattr("avid_pipeline.train.data.ClipLoader", RecordingLoader)
     config = settings(seed=6, augmentation={"flip": 0.25})
     train(settings(seed=6, augmentation={"flip": 0.25}, epochs=1), str(small_dataset), str(tmp_path))
     train(config, str(small_dataset), str(tmp_path), resume=True)

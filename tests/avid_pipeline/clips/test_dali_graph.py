@@ -1,21 +1,29 @@
+import subprocess
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from nvidia.dali import fn
 from nvidia.dali.backend import GetSchema
 from nvidia.dali.pipeline import Pipeline
 
 from avid_pipeline.clips.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation, CropBox, colour_matrix
-from avid_pipeline.clips.dali_graph import GraphSettings, build_graph, pack
+from avid_pipeline.clips.dali_graph import GraphSettings, build_graph, choose_decoder, frame_numbers, pack
 from avid_pipeline.clips.reading import HostClip
 from avid_pipeline.clips.settings import ClipSettings
+from avid_pipeline.preprocess.ffmpeg import find_ffmpeg
+from avid_pipeline.shards_spec.video import decode_frames
 
 SIZE = 56
 MEAN, STD = (255 * np.array(values)[:, None, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 
-def graph_settings(batch_size=1, mean=0.0, std=1.0, **changes):
-    clip = ClipSettings(crop_size=SIZE)
+def graph_settings(modalities=None, batch_size=1, mean=0.0, std=1.0, **changes):
+    clip = ClipSettings(crop_size=SIZE, modalities=modalities)
     return GraphSettings(
         clip, np.full(257, mean, np.float32), np.full(257, std, np.float32), batch_size=batch_size, **changes
     )
@@ -38,7 +46,7 @@ def host_clip(picture=None, sound=None, crop=None, colour=None, volume_db=0.0):
 
 
 def run(clips, settings=None):
-    settings = settings or graph_settings(len(clips))
+    settings = settings or graph_settings(batch_size=len(clips))
     inputs = iter([pack(clips, settings)])
     video, audio = build_graph(lambda: next(inputs), settings).run()
     return [np.array(clip) for clip in video], [np.array(clip) for clip in audio]
@@ -134,8 +142,35 @@ def test_clips_of_a_batch_do_not_touch_each_other():
         assert np.array_equal(together[1][number], alone[number][1][0])
 
 
-def test_the_gpu_graph_is_valid_without_a_gpu(monkeypatch):
-    # DALI checks arguments and devices against its operators' schemas as the graph is made; only build needs a GPU.
+OPERATORS = {
+    ("video", "audio"): {"decoders__Video", "Resize", "CoordTransform", "Transpose", "reductions__Max", "ExpandDims"},
+    ("video",): {"decoders__Video", "Resize", "CoordTransform", "Transpose"},
+    ("audio",): {"reductions__Max", "ExpandDims"},
+}
+
+
+def operators_of(outputs):
+    """Every operator that the outputs depend on, by name."""
+    found, open_nodes = {}, list(outputs)
+    while open_nodes:
+        operator = open_nodes.pop().source
+        if operator.name not in found:
+            found[operator.name] = operator
+            open_nodes += operator.inputs
+    return found
+
+
+def described(operator):
+    """An operator as DALI holds it: its schema's name, and its arguments and theirs."""
+    head, _, arguments = str(operator.spec).partition("  Arguments:\n")
+    pairs = (line.strip().partition(":") for line in arguments.splitlines() if line.startswith("    "))
+    return head.split("\n")[0].removeprefix("OpSpec for ").rstrip(":"), {
+        name: value.strip() for name, _, value in pairs
+    }
+
+
+def recorded_graph(monkeypatch, settings):
+    """The outputs of a graph that is made, but not built: DALI needs the device only for that."""
     outputs, set_outputs = [], Pipeline.set_outputs
 
     def recorded(pipeline, *nodes):
@@ -144,13 +179,102 @@ def test_the_gpu_graph_is_valid_without_a_gpu(monkeypatch):
 
     monkeypatch.setattr(Pipeline, "set_outputs", recorded)
     monkeypatch.setattr(Pipeline, "build", lambda pipeline: None)
-    settings = graph_settings(batch_size=2, device_id=0, frame_stride=2)
-    encoded = HostClip(0, 0, np.zeros(100, np.uint8), 5, np.zeros((200, 257), np.float32), host_clip().augmentation)
-    inputs = pack([encoded, encoded], settings)
-    assert [int(first) for first in inputs[6]] == [10, 10], "stored frames, of which the clip takes every second"
-    build_graph(lambda: inputs, settings)
-    assert [output.device for output in outputs] == ["gpu", "gpu"]
-    assert {"mixed", "gpu"} & set(GetSchema("decoders__Video").GetSupportedBackends())
+    build_graph(lambda: (), settings)
+    return outputs
+
+
+@pytest.mark.parametrize("modalities", OPERATORS)
+def test_every_operator_of_the_gpu_graph_is_what_its_schema_allows(monkeypatch, modalities):
+    settings = graph_settings(modalities, batch_size=2, device_id=0, decoder=choose_decoder(0))
+    outputs = recorded_graph(monkeypatch, settings)
+    assert [output.device for output in outputs] == ["gpu"] * len(modalities)
+    names = set()
+    for operator in operators_of(outputs).values():
+        name, arguments = described(operator)
+        names.add(name)
+        # Arithmetic has no public schema; every device takes it.
+        if name == "_ArithmeticGenericOp":
+            assert arguments["device"] == "gpu"
+            continue
+        schema = GetSchema(name)
+        assert arguments["device"] in schema.GetSupportedBackends(), name
+        # DALI's own notes about an operator are no arguments of it.
+        given = {argument for argument in arguments if not argument.startswith("_")} - {"device", "preserve_name"}
+        assert not [argument for argument in given if not schema.HasArgument(argument)], name
+        assert not [argument for argument in given if schema.IsDeprecatedArg(argument)], name
+        inputs = [node.device for node in operator.inputs]
+        regular = inputs[: schema.MaxNumInput()] if name != "ExternalSource" else []
+        # Decoding takes files in host memory; all after it stays on the GPU but for arguments, which are the host's.
+        assert set(regular) <= ({"cpu"} if arguments["device"] == "mixed" else {"gpu", "cpu"}), name
+        if arguments["device"] == "gpu" and regular and name != "Copy":
+            assert inputs[0] == "gpu", name
+    assert (
+        names - {"ExternalSource", "Constant", "_ArithmeticGenericOp", "Copy", "MakeContiguous"}
+        == OPERATORS[modalities]
+    )
+
+
+def test_the_check_of_arguments_finds_wrong_ones():
+    with Pipeline(batch_size=1, num_threads=1, device_id=0):
+        encoded = fn.external_source(source=lambda: [], batch=True)
+        with pytest.raises(KeyError, match="frame_numbers"):
+            fn.decoders.video(encoded, device="mixed", frame_numbers=[0])
+        with pytest.raises(RuntimeError, match="incompatible device"):
+            fn.decoders.video(encoded, device="gpu")
+
+
+def test_only_a_gpu_decodes_inside_of_the_graph():
+    assert choose_decoder(None) is None
+    assert choose_decoder(0) == "nvdec"
+
+
+@given(first=st.integers(0, 50), count=st.integers(1, 20), stride=st.integers(1, 4), stored=st.integers(1, 100))
+def test_stored_frames_of_a_clip(first, count, stride, stored):
+    found = frame_numbers(first, count, stride, stored).tolist()
+    grid = list(range(0, stored, stride))
+    assert found == [grid[min(first + number, len(grid) - 1)] for number in range(count)]
+
+
+@pytest.mark.parametrize("codec", ["libvpx-vp9", "mjpeg"])
+def test_decoding_inside_of_the_graph_takes_the_frames_it_is_told(tmp_path, codec):
+    """On the CPU with codecs that DALI reads there; NVDEC gets the same arguments from the same function."""
+    clips, numbers = [], [[1, 3, 5, 5], [0, 1, 2, 3], [6, 6, 6, 6]]
+    sizes = ["96x80", "64x48", "80x96"]
+    for index, size in enumerate(sizes):
+        path = tmp_path / f"{index}.mp4"
+        source = f"color=size={size}:rate=16,geq=lum=20+25*N+X/2:cb=128:cr=128"
+        command = [find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", source, "-frames:v", "7", "-pix_fmt", "yuv420p"]
+        subprocess.run([*command, "-c:v", codec, "-q:v", "3", "-b:v", "2M", "-g", "4", path], check=True)
+        width, height = (int(side) for side in size.split("x"))
+        encoded = np.frombuffer(path.read_bytes(), np.uint8)
+        clips.append(host_clip(encoded, crop=CropBox(0, 0, height, width)))
+    settings = graph_settings(batch_size=3, decoder="dali-cpu")
+    inputs = iter([pack(clips, settings, [np.array(chosen, np.int32) for chosen in numbers])])
+    video = build_graph(lambda: next(inputs), settings).run()[0]
+    for index, chosen in enumerate(numbers):
+        stored = decode_frames(clips[index].picture.tobytes(), 0, 7, 16, "test")
+        decoded = host_clip(stored, crop=clips[index].augmentation.crop)
+        (expected,), _ = run([decoded])
+        found = np.array(video[index])
+        nearest = [
+            int(np.argmin([np.abs(found[:, place] - expected[:, frame]).mean() for frame in range(7)]))
+            for place in range(4)
+        ]
+        assert nearest == chosen
+        assert np.abs(found - expected[:, chosen]).mean() < 0.06, "about three grey levels"
+
+
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_one_modality_alone_is_that_of_both(modality):
+    generator = np.random.default_rng(5)
+    sound = generator.uniform(-100, 50, (200, 257)).astype(np.float32)
+    clip = host_clip(smooth_picture(generator), sound, CropBox(3, 4, 50, 60), volume_db=0.5)
+    both = run([clip])[0 if modality == "video" else 1]
+    alone = replace(clip, sound=None) if modality == "video" else replace(clip, picture=None)
+    settings = graph_settings((modality,))
+    inputs = iter([pack([alone], settings)])
+    (output,) = build_graph(lambda: next(inputs), settings).run()
+    assert np.array_equal(np.array(output[0]), both[0])
 
 
 def test_pack_runs_backwards_where_it_mirrors():

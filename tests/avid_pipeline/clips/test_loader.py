@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nvidia.dali.backend import GetSchema
 
 from avid_pipeline.clips.augmentation import Augmentation, CropBox, colour_matrix
+from avid_pipeline.clips.dali_engine import frame_stride
 from avid_pipeline.clips.dali_graph import GraphSettings, build_graph, pack
-from avid_pipeline.clips.loader import ClipLoader, _frame_stride, evaluation_batches
+from avid_pipeline.clips.loader import ClipLoader, evaluation_batches
 from avid_pipeline.clips.reading import EvaluationChoice, HostClip, TrainingChoice
 from avid_pipeline.clips.settings import AugmentationSettings, ClipSettings
 from avid_pipeline.errors import ConfigError, ManifestError, ShardError
@@ -23,12 +23,12 @@ CLIP = ClipSettings(crop_size=32)
 CHOICE = TrainingChoice(seed=0, epoch=0, augmentation=AugmentationSettings())
 
 
-def load(root, batch_size=4, workers=2, choice=CHOICE, batches=None):
+def load(root, batch_size=4, workers=2, choice=CHOICE, batches=None, **options):
     reader = open_dataset(root)
     if batches is None:
         epoch = plan(reader.manifest, seed=0, epoch=0, clips_per_instance=2, global_batch_size=batch_size)
         batches = [epoch.rank_batch(step, 0, 1) for step in range(epoch.num_batches)]
-    return ClipLoader(reader, batches, CLIP, choice, workers=workers)
+    return ClipLoader(reader, batches, CLIP, choice, workers=workers, **options)
 
 
 def by_visit(loader):
@@ -125,12 +125,6 @@ def test_crop_and_flip():
     assert np.abs(flipped - plain[..., ::-1]).max() < 1e-2
 
 
-def test_gpu_decoder_takes_the_arguments_we_give():
-    schema = GetSchema("decoders__Video")
-    for name in ("start_frame", "sequence_length", "stride", "pad_mode"):
-        assert schema.HasArgument(name)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_gpu_without_a_gpu_says_so(small_dataset):
     with pytest.raises(ConfigError, match="no CUDA device"):
@@ -151,8 +145,9 @@ def test_gpu_clips_are_those_of_the_cpu(small_dataset):
 
 def test_three_workers_give_the_batches_of_one(small_dataset):
     for one, three in zip(load(small_dataset, workers=1), load(small_dataset, workers=3), strict=True):
-        assert one.keys() == three.keys() == {"video", "audio", "index", "visit", "label"}
-        for name in one:
+        assert one.keys() == three.keys() == {"video", "audio", "index", "visit", "label", "labels"}
+        assert one["labels"] == three["labels"]
+        for name in one.keys() - {"labels"}:
             assert torch.equal(one[name], three[name]), name
 
 
@@ -189,6 +184,23 @@ def test_ranks_divide_the_instances_evenly():
         instances = [{int(i) for batch in batches for i in batch.instances} for batches in of_ranks]
         assert sum(len(own) for own in instances) == len(set.union(*instances)) == count
         assert max(map(len, instances)) - min(map(len, instances)) <= 1
+
+
+def test_evaluation_of_a_subset_keeps_its_indices():
+    indices = np.array([3, 4, 8, 9, 12])
+    batches = [batch for rank in range(2) for batch in evaluation_batches(indices, 2, 3, rank, 2)]
+    seen = [(int(i), int(v)) for batch in batches for i, v in zip(batch.instances, batch.visits, strict=True)]
+    assert sorted(seen) == [(index, visit) for index in indices for visit in range(2)]
+
+
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_one_modality_alone(small_dataset, modality):
+    clip = CLIP.model_copy(update={"modalities": (modality,)})
+    batches = evaluation_batches(10, 2, 6)
+    loaded = list(ClipLoader(open_dataset(small_dataset), batches, clip, EvaluationChoice(2)))
+    assert all(({"video", "audio"} & batch.keys()) == {modality} for batch in loaded)
+    both = list(ClipLoader(open_dataset(small_dataset), batches, CLIP, EvaluationChoice(2)))
+    assert [batch[modality].shape for batch in loaded] == [batch[modality].shape for batch in both]
 
 
 def test_no_batches_are_no_clips(small_dataset):
@@ -259,8 +271,8 @@ def test_data_without_sound_say_so(small_dataset):
 
 def test_gpu_decoding_needs_a_rate_that_divides_the_stored_one(small_dataset):
     reader = open_dataset(small_dataset)
-    assert _frame_stride(reader, ClipSettings(fps=16)) == 1
-    assert _frame_stride(reader, ClipSettings(fps=8)) == 2
+    assert frame_stride(reader.manifest, ClipSettings(fps=16)) == 1
+    assert frame_stride(reader.manifest, ClipSettings(fps=8)) == 2
     for fps in (10, 32):
         with pytest.raises(ConfigError, match=r"clip\.fps"):
-            _frame_stride(reader, ClipSettings(fps=fps))
+            frame_stride(reader.manifest, ClipSettings(fps=fps))

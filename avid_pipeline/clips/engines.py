@@ -1,0 +1,54 @@
+"""What an engine is: it turns requested samples into batches of tensors."""
+
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from avid_pipeline.clips.batch import ClipBatch
+from avid_pipeline.clips.failures import FailurePolicy
+from avid_pipeline.shards_spec.reader import ShardReader
+from avid_pipeline.shards_spec.sample import Sample
+from avid_pipeline.streams.batches import Batch
+
+
+class RequestedSample(Protocol):
+    """A sample that is being read."""
+
+    def result(self) -> Sample:
+        """Wait for it; errors of reading are raised here."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A batch whose samples were requested.
+
+    Attributes:
+        number: of the batch, from 0.
+        batch: its visits.
+        samples: the requested samples, one for each visit.
+    """
+
+    number: int
+    batch: Batch
+    samples: list[Any]
+
+    def sample(self, place: int, instance: int, reader: ShardReader) -> Sample:
+        """The sample of an instance at a place: the requested one, or another that takes its place.
+
+        Another one is read at once: a request would wait behind those of batches that wait for this one.
+        """
+        if instance == int(self.batch.instances[place]):
+            requested: RequestedSample = self.samples[place]
+            return requested.result()
+        return reader.read(instance)
+
+
+class Engine(Protocol):
+    """Makes batches, in two steps so that many are under way."""
+
+    def start(self, work: Work, pool: ThreadPoolExecutor, reader: ShardReader, failures: FailurePolicy) -> Any:
+        """Have the threads begin with a batch."""
+
+    def finish(self, started: Iterator[Any], count: int) -> Generator[ClipBatch, None, None]:
+        """The batches that were started, in order."""
