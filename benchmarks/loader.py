@@ -6,7 +6,8 @@ On shards made from clips of Kinetics' size (340x256), the loader's CPU millisec
   the target is a tenth of that;
 - the raw decode floor, measured in the same run: PyAV decoding the same 8 frames and nothing else.
 
-Then the same loader on data sets of 10, 1,000 and 100,000 shards, at the beginning, the middle and the end of an epoch.
+Then the same loader over loopback S3 (benchmarks/s3_server.py), and on data sets of 10, 1,000 and 100,000 shards, at
+the beginning, the middle and the end of an epoch.
 
     python benchmarks/loader.py [--clips FOLDER] [--count 96]
 """
@@ -74,10 +75,11 @@ def epoch_plan(reader: ShardReader, clips_per_instance: int) -> EpochPlan:
     )
 
 
-def load(root: Path, workers: int, operators: str, first: int, batches: int) -> Figures:
-    """Load batches and throw them away."""
+def load(root: str, endpoint: str, workers: int, operators: str, first: int, batches: int) -> Figures:
+    """Load batches and throw them away; ``endpoint`` is of the S3 server, empty for a local root."""
     torch.set_num_threads(1)
-    reader = open_dataset(root)
+    access = {"aws_region": "us-east-1", "aws_access_key_id": "any", "aws_secret_access_key": "any"}
+    reader = open_dataset(root, {"aws_endpoint": endpoint, **access} if endpoint else None)
     visits = max(1, -(-(first + batches + 2) * BATCH_SIZE // len(reader)))
     order = epoch_plan(reader, visits).rank_batches(0, 1, first)[: batches + 2]
     loader = ClipLoader(reader, order, CLIP, CHOICE, workers=workers, operators=operators)  # type: ignore[arg-type]
@@ -125,8 +127,8 @@ def alone(function: str, *arguments: object) -> Figures:
 def call(function: str, arguments: list[str]) -> None:
     """The other end of :func:`alone`."""
     if function == "load":
-        root, workers, operators, first, batches = arguments
-        figures = load(Path(root), int(workers), operators, int(first), int(batches))
+        root, endpoint, workers, operators, first, batches = arguments
+        figures = load(root, endpoint, int(workers), operators, int(first), int(batches))
     else:
         figures = decode_floor(Path(arguments[0]), int(arguments[1]))
     print(json.dumps(asdict(figures)))
@@ -160,9 +162,9 @@ def show_speed(root: Path, batches: int) -> None:
     """Milliseconds per clip against the floor and the target."""
     floor = alone("decode_floor", root, batches)
     runs = {
-        "loader, 1 thread": alone("load", root, 1, "opencv", 0, batches),
-        "loader, 2 threads": alone("load", root, 2, "opencv", 0, batches),
-        "loader with DALI's CPU operators, 2 threads": alone("load", root, 2, "dali", 0, batches),
+        "loader, 1 thread": alone("load", root, "", 1, "opencv", 0, batches),
+        "loader, 2 threads": alone("load", root, "", 2, "opencv", 0, batches),
+        "loader with DALI's CPU operators, 2 threads": alone("load", root, "", 2, "dali", 0, batches),
     }
     rows = [("raw decode floor", floor.milliseconds, floor.clips / floor.wall, 1.0, None, None)]
     for name, run in runs.items():
@@ -176,6 +178,26 @@ def show_speed(root: Path, batches: int) -> None:
     print(f"peak memory {runs['loader, 2 threads'].peak / 1e9:.2f} GB (at most {TARGET_GIGABYTES})")
 
 
+def show_object_storage(root: Path, batches: int) -> None:
+    """Clips a second from a loopback S3 server in a process of its own beside those from disk."""
+    command = [sys.executable, str(Path(__file__).with_name("s3_server.py")), str(root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        endpoint = server.stdout.readline().strip()
+        try:
+            pairs = [
+                (
+                    alone("load", root, "", 2, "opencv", 0, batches),
+                    alone("load", "s3://bucket", endpoint, 2, "opencv", 0, batches),
+                )
+                for _ in range(3)
+            ]
+        finally:
+            server.terminate()
+    local, remote = (max(run.clips / run.wall for run in runs) for runs in zip(*pairs, strict=True))
+    print(f"\nfrom disk {local:.1f} clips/s, over loopback S3 {remote:.1f}: ratio {remote / local:.2f} (at least 0.9)")
+
+
 def show_scale(root: Path, folder: Path, batches: int) -> None:
     """Milliseconds per clip against the number of shards and the step resumed at."""
     rows = []
@@ -184,7 +206,7 @@ def show_scale(root: Path, folder: Path, batches: int) -> None:
         steps = epoch_plan(open_dataset(made), 4).num_batches
         places = (0, max(0, steps // 2 - batches), max(0, steps - batches - 2))
         rows.append(
-            (f"{shards:,}", *(alone("load", made, 2, "opencv", first, batches).milliseconds for first in places))
+            (f"{shards:,}", *(alone("load", made, "", 2, "opencv", first, batches).milliseconds for first in places))
         )
     print("\n" + tabulate(rows, ("shards", "ms/clip at the start", "middle", "end of an epoch"), floatfmt=".1f"))
     print(f"slowest / fastest: {max(max(row[1:]) for row in rows) / min(min(row[1:]) for row in rows):.2f}")
@@ -205,6 +227,7 @@ def main() -> None:
         folder = Path(name)
         root = make_shards(example_clips(arguments.clips, folder), arguments.count, folder)
         show_speed(root, arguments.batches)
+        show_object_storage(root, arguments.batches)
         show_scale(root, folder, max(4, arguments.batches // 4))
 
 
