@@ -25,5 +25,5 @@ if [ ! -x "$VENV/bin/pip" ]; then
     fi
     "$PYTHON" -m venv "$VENV"
 fi
-"$VENV/bin/pip" install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+"$VENV/bin/pip" install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,ray]"
 echo "== installed"
