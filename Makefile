@@ -16,7 +16,7 @@ help: ## List the targets
 
 setup: $(INSTALLED) ## Install into .venv, with every package at the version in constraints.txt
 
-$(INSTALLED): constraints.txt setup.cfg pyproject.toml
+$(INSTALLED): constraints.txt setup.cfg pyproject.toml scripts/install.sh
 	@PYTHON='$(PYTHON)' VENV='$(VENV)' bash scripts/install.sh
 	@touch $@
 
