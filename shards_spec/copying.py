@@ -191,18 +191,24 @@ def _copy_shards(
 ) -> list[ShardError]:
     """Copy shards at once; return what is wrong with those that are damaged."""
     stop = threading.Event()
+    causes: list[BaseException] = []
 
     def copy(shard: ShardInfo) -> ShardError | None:
         try:
             _copy_shard(source, destination, shard, on_bytes, stop)
         except ShardError as error:
             return error
-        except BaseException:
+        except BaseException as error:
+            causes.append(error)
             stop.set()
             raise
         return None
 
-    return [error for error in in_threads(copy, shards, workers, stop) if error is not None]
+    try:
+        return [error for error in in_threads(copy, shards, workers, stop) if error is not None]
+    except _StoppedError:
+        # A shard that stopped because of another may come first in the order of shards.
+        raise next(error for error in causes if not isinstance(error, _StoppedError)) from None
 
 
 def _copy_shard(

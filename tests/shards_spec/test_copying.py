@@ -12,6 +12,7 @@ import obstore
 import pytest
 from click.testing import CliRunner
 
+from avid_pipeline.shards_spec import copying
 from avid_pipeline.shards_spec.cli import main
 from avid_pipeline.shards_spec.copying import copy_dataset
 from avid_pipeline.shards_spec.errors import ManifestError, ShardError, StorageError
@@ -317,3 +318,15 @@ def test_the_manifest_is_the_same(source, tmp_path):
     destination = open_storage(tmp_path / "copy", create=True)
     copy_dataset(open_storage(source), destination)
     assert read_manifest(destination).fingerprint() == read_manifest(open_storage(source)).fingerprint()
+
+
+def test_the_cause_is_shown_though_an_earlier_shard_stopped_because_of_it(source, tmp_path, monkeypatch):
+    def copy_shard(source, destination, shard, on_bytes, stop):
+        if shard.first_index > 0:
+            raise StorageError("the disk is full")
+        stop.wait(10)
+        raise copying._StoppedError("stopped")
+
+    monkeypatch.setattr(copying, "_copy_shard", copy_shard)
+    with pytest.raises(StorageError, match="the disk is full"):
+        copying.copy_dataset(open_storage(source), open_storage(tmp_path / "copy", create=True), workers=2)
