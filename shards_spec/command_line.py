@@ -50,5 +50,5 @@ storage_option = storage_options(
     "--storage-option",
     "storage_option",
     help="Setting of the object store, for example aws_endpoint=http://host:9000; may be given several times. "
-    "Credentials come from the usual environment variables.",
+    "Credentials come from the usual environment variables and files.",
 )

@@ -23,6 +23,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, from_url
 
+from avid_pipeline.shards_spec.credentials import with_aws_profile
 from avid_pipeline.shards_spec.errors import StorageError
 from avid_pipeline.shards_spec.transfer import BrokenTransferError, RetryPolicy, stream
 
@@ -352,7 +353,7 @@ def open_storage(
     """Open a root: a local path, ``file://``, ``s3://``, ``gs://``, ``az://`` or ``https://``.
 
     Args:
-        url: the root. Credentials of object stores come from their usual environment variables.
+        url: the root. Credentials of object stores come from their usual environment variables and files.
         create: make the local folder if it is missing; without it a missing local root is an error.
         options: settings of the object store as obstore names them, for example ``{"aws_endpoint": "…"}``.
         retry: how long broken connections are tried again; by default some minutes.
@@ -376,6 +377,8 @@ def open_storage(
 
 
 def _open_remote(url: str, options: Mapping[str, str], retry: RetryPolicy) -> Storage:
+    if url.startswith(("s3://", "s3a://")):
+        options = with_aws_profile(options)
     # No limit on a whole request, for large objects take long; a stalled one shows by its silence.
     client_options: dict[str, Any] = {
         "timeout": timedelta(days=1),
