@@ -120,7 +120,7 @@ def _stored_video(path: Path, found: Probe, parameters: Parameters) -> _StoredVi
     if found.video is None:
         return None
     try:
-        with av.open(str(path), mode="r") as container:
+        with av.open(str(path), mode="r", metadata_errors="replace") as container:
             stream = container.streams.video[0]
             fps = parameters.video.fps if parameters.video.codec != "copy" else float(stream.average_rate or 0)
             if stream.frames < 1 or fps <= 0:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -27,6 +28,7 @@ from avid_pipeline.shards_spec.manifest import (
     VideoCodec,
     describe_validation_error,
 )
+from avid_pipeline.shards_spec.storage import is_remote
 
 QUARANTINE_EXIT_CODE = 3
 
@@ -109,13 +111,41 @@ _OPTIONS = (
         type=click.Choice(["quarantine", "keep"]),
         help="What becomes of a video without sound; kept ones are outside the subset with-audio.",
     ),
-    click.option("--timeout", default=_SETTINGS.timeout, show_default=True, help="Seconds, for one source."),
     click.option(
-        "--max-seconds", type=float, default=_LIMITS.seconds, show_default=True, help="Longest picture or sound."
+        "--timeout",
+        default=_SETTINGS.timeout,
+        show_default=True,
+        type=click.FloatRange(min=0, min_open=True),
+        help="Seconds, for one source.",
     ),
-    click.option("--max-frames", default=_LIMITS.frames, show_default=True, help="Frames of a source, at most."),
-    click.option("--max-pixels", default=_LIMITS.pixels, show_default=True, help="Width times height, at most."),
-    click.option("--max-bytes", default=_LIMITS.bytes, show_default=True, help="Size of a source, at most."),
+    click.option(
+        "--max-seconds",
+        type=click.FloatRange(min=0, min_open=True),
+        default=_LIMITS.seconds,
+        show_default=True,
+        help="Longest picture or sound.",
+    ),
+    click.option(
+        "--max-frames",
+        default=_LIMITS.frames,
+        show_default=True,
+        type=click.IntRange(min=1),
+        help="Frames of a source, at most.",
+    ),
+    click.option(
+        "--max-pixels",
+        default=_LIMITS.pixels,
+        show_default=True,
+        type=click.IntRange(min=1),
+        help="Width times height, at most.",
+    ),
+    click.option(
+        "--max-bytes",
+        default=_LIMITS.bytes,
+        show_default=True,
+        type=click.IntRange(min=1),
+        help="Size of a source, at most.",
+    ),
     click.option(
         "--max-quarantine-fraction",
         default=0.05,
@@ -152,6 +182,7 @@ def converting(command: Callable[..., SourceList]) -> Callable[..., None]:
     def convert(out: str, **values: Any) -> None:
         shared = ConversionOptions(**{field.name: values.pop(field.name) for field in fields(ConversionOptions)})
         parameters = _parameters(shared)
+        _check_apart(str(values["src"]), out)
         source_options = shared.source_option or shared.storage_option
         listing = command(source_options=source_options, **values)
         _convert(listing, parameters, _settings(listing, shared, source_options), out, shared)
@@ -160,6 +191,17 @@ def converting(command: Callable[..., SourceList]) -> Callable[..., None]:
     for option in reversed(_OPTIONS):
         body = option(body)
     return click.argument("out")(body)
+
+
+def _check_apart(src: str, out: str) -> None:
+    """Shards among the sources would be taken for sources by the next run."""
+    if is_remote(src) or is_remote(out):
+        return
+    folder, target = (Path(os.path.realpath(text.removeprefix("file://"))) for text in (src, out))
+    if target == folder or folder in target.parents:
+        raise click.UsageError(
+            f"{out}: lies in {src}, where it would be taken for a source; give a folder outside of it"
+        )
 
 
 def _parameters(shared: ConversionOptions) -> Parameters:

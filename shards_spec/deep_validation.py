@@ -34,13 +34,17 @@ def video_problems(data: bytes, record: VideoRecord, parameters: VideoParameters
     """
     try:
         # The format is given, for a playlist in the place of a video could name other files.
-        with av.open(io.BytesIO(data), mode="r", format="mp4") as container:
+        with av.open(io.BytesIO(data), mode="r", format="mp4", metadata_errors="replace") as container:
             if len(container.streams) != 1 or not container.streams.video:
                 kinds = ", ".join(stream.type for stream in container.streams) or "none"
                 yield f"{where}: video: expected one video stream and nothing else, found {kinds}"
             if not container.streams.video:
                 return
             stream = container.streams.video[0]
+            context: object = stream.codec_context  # None where the codec is unknown, whatever its type says
+            if context is None:
+                yield f"{where}: video: expected a stream that can be decoded, found an unknown codec"
+                return
             stream.codec_context.thread_count = 1
             # Without it the decoder conceals damage.
             stream.codec_context.options = {"err_detect": "explode"}

@@ -40,6 +40,8 @@ class LoadOnce(Generic[Key, Value]):
         """The value of a key if it is here already."""
         with self._lock:
             value = self._values.get(key)
+            if value is not None:
+                self._values.move_to_end(key)
         return value.result() if value is not None and value.done() and value.exception() is None else None
 
     def _fill(self, key: Key, value: Future[Value]) -> None:

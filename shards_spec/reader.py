@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from avid_pipeline.shards_spec.errors import ManifestError, SampleError, ShardError
+from avid_pipeline.shards_spec.errors import DecodeError, ManifestError, SampleError, ShardError
 from avid_pipeline.shards_spec.load_once import LoadOnce
 from avid_pipeline.shards_spec.manifest import Manifest, ShardInfo, read_manifest
 from avid_pipeline.shards_spec.parallel import in_threads
@@ -31,7 +31,8 @@ from avid_pipeline.shards_spec.spectrogram import NUM_FREQUENCIES, FloatArray, d
 from avid_pipeline.shards_spec.storage import Storage, open_storage
 
 # Four shards for each of 64 streams.
-_CACHED_INDICES = 256
+# Some 40 kB each; every stream of a rank has a few shards open.
+_CACHED_INDICES = 2048
 _FINDING_THREADS = 16
 # How often damaged bytes are fetched again from a store, for networks damage bytes too.
 _READS_AGAIN = 3
@@ -76,7 +77,7 @@ class ShardReader:
         return shard, index - shard.first_index
 
     def index_of(self, shard: ShardInfo) -> ShardIndex:
-        """The tar index of a shard; the last 256 are kept in memory, each loaded once for all threads.
+        """The tar index of a shard; the last 2048 are kept in memory, each loaded once for all threads.
 
         Raises:
             ShardError: it is damaged, or its number of samples is not the manifest's.
@@ -124,10 +125,12 @@ class ShardReader:
             ShardError: the sample's bytes are damaged.
             StorageError: they cannot be read.
         """
-        start, length = self.index_of(shard).span(place)
+        tar_index = self.index_of(shard)
+        start, length = tar_index.span(place)
 
         def read() -> Sample:
-            return self.assemble(shard, place, self.storage.read_range(shard.name, start, length, given_up=given_up))
+            data = self.storage.read_range(shard.name, start, length, given_up=given_up)
+            return self.assemble(shard, place, data, tar_index)
 
         return self._again_if_damaged(read, given_up)
 
@@ -235,14 +238,14 @@ class ShardReader:
             raise ShardError(f"{where}: {tar_index.keys[place]}: has no {RECORD_MEMBER} member")
         return members
 
-    def assemble(self, shard: ShardInfo, place: int, data: bytes) -> Sample:
+    def assemble(self, shard: ShardInfo, place: int, data: bytes, tar_index: ShardIndex | None = None) -> Sample:
         """The sample at a place of a shard from the bytes of its span (:meth:`ShardIndex.span`).
 
         Raises:
             ShardError: the bytes are damaged, or there is no record.
             SampleError: the record is not valid.
         """
-        tar_index = self.index_of(shard)
+        tar_index = tar_index or self.index_of(shard)
         members = self._split(shard, tar_index, place, data)
         record = parse_record(members[RECORD_MEMBER], f"{self.storage.url_of(shard.name)}: {tar_index.keys[place]}")
         return Sample(record, members.get(VIDEO_MEMBER), members.get(SPECTROGRAM_MEMBER))
@@ -262,14 +265,14 @@ def stored_spectrogram(data: bytes, where: str) -> npt.NDArray[np.generic]:
     """The array inside ``KEY.spectrogram.npy``: uint8 codes or float16, [frames, 257].
 
     Raises:
-        SampleError: it is no such array.
+        DecodeError: it is no such array.
     """
     try:
         codes = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError, tokenize.TokenError) as error:
-        raise SampleError(f"{where}: spectrogram is no .npy array: {error}") from error
+        raise DecodeError(f"{where}: spectrogram is no .npy array: {error}") from error
     if codes.ndim != 2 or codes.shape[1] != NUM_FREQUENCIES or codes.dtype not in (np.uint8, np.float16):
-        raise SampleError(
+        raise DecodeError(
             f"{where}: spectrogram: expected uint8 or float16 [frames, {NUM_FREQUENCIES}], "
             f"found {codes.dtype} {list(codes.shape)}"
         )

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 
 import av
@@ -13,6 +14,29 @@ from avid_pipeline.shards_spec.errors import DecodeError
 
 # A frame is the one shown at an instant; half a tick of rounding must not select its predecessor.
 _CLOCK_TOLERANCE = Fraction(1, 2000)
+
+
+@contextmanager
+def open_video(data: bytes, where: str) -> Iterator[tuple[InputContainer, av.VideoStream]]:
+    """A stored video, opened: the container and its video stream.
+
+    Args:
+        data: the encoded video file.
+        where: shard and key, for messages.
+
+    Raises:
+        DecodeError: there is no video stream, or none that can be decoded.
+        av.FFmpegError: the data is no video.
+    """
+    # The format is given, for a playlist that poses as a video could open other files.
+    with av.open(io.BytesIO(data), mode="r", format="mp4", metadata_errors="replace") as container:
+        if not container.streams.video:
+            raise DecodeError(f"{where}: expected a video stream, found none")
+        stream = container.streams.video[0]
+        context: object = stream.codec_context  # None where the codec is unknown, whatever its type says
+        if context is None:
+            raise DecodeError(f"{where}: expected a video stream that can be decoded, found an unknown codec")
+        yield container, stream
 
 
 def decode_frames(data: bytes, first: int, count: int, fps: float, where: str) -> npt.NDArray[np.uint8]:
@@ -51,11 +75,7 @@ def select_frames(data: bytes, first: int, count: int, fps: float, where: str) -
     frames: list[av.VideoFrame] = []
     shown: av.VideoFrame | None = None
     try:
-        # The format is given, for a playlist that poses as a video could open other files.
-        with av.open(io.BytesIO(data), mode="r", format="mp4") as container:
-            if not container.streams.video:
-                raise DecodeError(f"{where}: expected a video stream, found none")
-            stream = container.streams.video[0]
+        with open_video(data, where) as (container, stream):
             stream.codec_context.thread_count = 1
             tick = stream.time_base or Fraction(1, 1000)
             origin = stream.start_time or 0

@@ -99,7 +99,9 @@ def train(
             _train_epoch(config, clips, steps_per_epoch, network, state, device, log, save)
             state.schedule.step()
             state.epoch += 1
-            if state.epoch % config.checkpoint_every == 0 or state.epoch == config.epochs:
+            steps = config.checkpoint_every_steps
+            due = state.epoch % config.checkpoint_every == 0 or (steps is not None and state.step % steps == 0)
+            if due or state.epoch == config.epochs:
                 save()
     if group.rank == 0:
         draw_loss_curve(folder)

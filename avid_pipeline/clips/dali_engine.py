@@ -1,6 +1,5 @@
 """Clips through DALI: the reference on the CPU, and all of the work on a GPU."""
 
-import io
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,17 +25,17 @@ from avid_pipeline.clips.dali_graph import (
 )
 from avid_pipeline.clips.engines import Work
 from avid_pipeline.clips.failures import FailurePolicy
-from avid_pipeline.clips.reading import HostClip
+from avid_pipeline.clips.reading import HostClip, check_size
 from avid_pipeline.clips.settings import ClipSettings
 from avid_pipeline.errors import ConfigError, DecodeError
 from avid_pipeline.shards_spec.manifest import Manifest
 from avid_pipeline.shards_spec.reader import ShardReader
+from avid_pipeline.shards_spec.video import open_video
 
 # Weights of red and blue in luminance. DALI's decoders convert every video as if it were of ITU-R BT.601.
 _BT601 = (0.299, 0.114)
 _OTHER_WEIGHTS = {int(Colorspace.ITU709): (0.2126, 0.0722), int(Colorspace.BT2020): (0.2627, 0.0593)}
 # Of crops that are no whole pixels, in pixels.
-_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class DaliEngine:
                     return prepare_encoded(clip, self._recipe.clip.num_frames, self._stride, where)
                 clip = self._recipe.read(sample, chosen, visit, "rgb")
                 if clip.picture is not None:
-                    _check_size(clip, clip.picture.shape[1], clip.picture.shape[2], where)
+                    check_size(clip, clip.picture.shape[1], clip.picture.shape[2], where)
                 return _Prepared(clip)
 
             return failures.make(work.number, instance, visit, read)
@@ -188,32 +187,18 @@ def prepare_encoded(clip: HostClip, num_frames: int, stride: int, where: str) ->
     if clip.picture is None:
         return _Prepared(clip)
     try:
-        # The format is given, for a playlist that poses as a video could open other files.
-        with av.open(io.BytesIO(clip.picture.tobytes()), mode="r", format="mp4") as container:
-            if not container.streams.video:
-                raise DecodeError(f"{where}: expected a video stream, found none")
-            stream = container.streams.video[0]
+        with open_video(clip.picture.tobytes(), where) as (_, stream):
             stored, colourspace = stream.frames, int(stream.codec_context.colorspace)
             height, width = stream.codec_context.height, stream.codec_context.width
     except av.FFmpegError as error:
         raise DecodeError(f"{where}: video cannot be opened: {error}") from error
-    _check_size(clip, height, width, where)
+    check_size(clip, height, width, where)
     if clip.first_frame * stride >= stored:
         raise DecodeError(f"{where}: expected frames from number {clip.first_frame * stride} on, found {stored} frames")
     colour = _for_colourspace(clip.augmentation.colour, colourspace)
     augmentation = replace(clip.augmentation, colour=colour)
     frames = frame_numbers(clip.first_frame, num_frames, stride, stored)
     return _Prepared(replace(clip, augmentation=augmentation), frames)
-
-
-def _check_size(clip: HostClip, height: int, width: int, where: str) -> None:
-    """DALI reads a crop beyond the picture from memory that is not the picture's, and the process may crash."""
-    crop = clip.augmentation.crop
-    bottom, right = crop.top + crop.height, crop.left + crop.width
-    if min(crop.top, crop.left) < 0 or bottom > height + _ROUNDING or right > width + _ROUNDING:
-        raise DecodeError(
-            f"{where}: expected at least {right:g}x{bottom:g} pixels, as its record has it, found {width}x{height}"
-        )
 
 
 def _for_colourspace(colour: FloatArray, colourspace: int) -> FloatArray:

@@ -26,7 +26,7 @@ class Work:
     Attributes:
         number: of the batch, from 0.
         batch: its visits.
-        samples: the requested samples, one for each visit.
+        samples: the requested samples, one for each visit, until they are taken.
     """
 
     number: int
@@ -38,10 +38,11 @@ class Work:
 
         Another one is read at once: a request would wait behind those of batches that wait for this one.
         """
-        if instance == int(self.batch.instances[place]):
-            requested: RequestedSample = self.samples[place]
-            return requested.result()
-        return reader.read(instance)
+        requested: RequestedSample | None = self.samples[place]
+        if requested is None or instance != int(self.batch.instances[place]):
+            return reader.read(instance)
+        self.samples[place] = None  # its memory is free when the clip is made, not when the batch is
+        return requested.result()
 
 
 class Engine(Protocol):

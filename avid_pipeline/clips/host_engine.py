@@ -12,7 +12,7 @@ from avid_pipeline.clips.batch import ClipBatch, Recipe, describe
 from avid_pipeline.clips.engines import Work
 from avid_pipeline.clips.failures import FailurePolicy
 from avid_pipeline.clips.host_augmentation import augment_picture, single_threaded_opencv
-from avid_pipeline.clips.reading import HostClip
+from avid_pipeline.clips.reading import HostClip, check_size
 from avid_pipeline.clips.sound import augment_sound
 from avid_pipeline.shards_spec.reader import ShardReader
 
@@ -45,6 +45,8 @@ class HostEngine:
             def read(chosen: int) -> HostClip:
                 sample = work.sample(place, chosen, reader)
                 found = self._recipe.read(sample, chosen, visit, "frames")
+                if found.frames is not None:
+                    check_size(found, found.frames[0].height, found.frames[0].width, sample.record.key)
                 self._augment(found, None if video is None else video[place], audio, place)
                 return found.without_content()
 

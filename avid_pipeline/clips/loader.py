@@ -27,6 +27,8 @@ from avid_pipeline.streams.fetching import SampleFetcher
 __all__ = ["ClipBatch", "ClipLoader", "evaluation_batches"]
 
 _BATCHES_DECODED_AHEAD = 3
+# A clip of the default length and size is 5 MB.
+_CLIPS_DECODED_AHEAD = 96
 # Requests cost no memory before they start, and how many start is the fetcher's to decide.
 _BATCHES_REQUESTED_AHEAD = 8
 
@@ -78,6 +80,7 @@ class ClipLoader:
         self.failures = failures or FailurePolicy()
         recipe = Recipe(clip, choice, *_normalisation(reader, clip.modalities or (), statistics))
         largest = len(batches[0]) if batches else 1
+        self._decoded_ahead = max(1, min(_BATCHES_DECODED_AHEAD, _CLIPS_DECODED_AHEAD // largest))
         self._engine = _engine(recipe, reader, largest, self._workers, device, operators)
 
     def __len__(self) -> int:
@@ -104,7 +107,7 @@ class ClipLoader:
             started = _ahead(
                 requests,
                 lambda work: self._engine.start(work, pool, self._reader, self.failures),
-                _BATCHES_DECODED_AHEAD,
+                self._decoded_ahead,
             )
             try:
                 with closing(self._engine.finish(started, len(self._batches))) as batches:

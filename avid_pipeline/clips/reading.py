@@ -16,7 +16,7 @@ from avid_pipeline.clips.augmentation import (
 )
 from avid_pipeline.clips.settings import AugmentationSettings, ClipSettings
 from avid_pipeline.clips.timing import ClipTimes, draw_times, num_audio_frames, spread_times
-from avid_pipeline.errors import ManifestError
+from avid_pipeline.errors import DecodeError, ManifestError
 from avid_pipeline.shards_spec.manifest import WITH_AUDIO, Modality
 from avid_pipeline.shards_spec.reader import stored_spectrogram
 from avid_pipeline.shards_spec.sample import Sample, SampleRecord
@@ -34,6 +34,9 @@ _NPY_START = re.compile(
     % NUM_FREQUENCIES,
     re.DOTALL,
 )
+
+
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -192,3 +195,19 @@ def _codes(spectrogram: bytes, key: str) -> npt.NDArray[np.generic]:
             return np.frombuffer(spectrogram, dtype, offset=start.end()).reshape(frames, NUM_FREQUENCIES)
     # Written by someone else, or damaged: numpy reads it or says what is wrong.
     return stored_spectrogram(spectrogram, key)
+
+
+def check_size(clip: HostClip, height: int, width: int, where: str) -> None:
+    """Check that decoded frames hold the crop that was drawn from the record.
+
+    DALI would read beyond them memory that is not theirs, and the process may crash.
+
+    Raises:
+        DecodeError: the frames are smaller than the record says.
+    """
+    crop = clip.augmentation.crop
+    bottom, right = crop.top + crop.height, crop.left + crop.width
+    if min(crop.top, crop.left) < 0 or bottom > height + _ROUNDING or right > width + _ROUNDING:
+        raise DecodeError(
+            f"{where}: expected at least {right:g}x{bottom:g} pixels, as its record has it, found {width}x{height}"
+        )

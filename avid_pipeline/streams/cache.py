@@ -11,6 +11,8 @@ from pathlib import Path
 from avid_pipeline.errors import ConfigError, StorageError
 from avid_pipeline.streams.cache_space import CacheSpace
 
+OWN_FOLDER = "avid-pipeline-cache"
+
 _PIECE_BYTES = 4 << 20
 _log = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ class DiskCache:
     with one warning.
 
     Args:
-        folder: used by nothing else; made if it is missing.
+        folder: a sub-folder ``avid-pipeline-cache`` of it is used, and made if it is missing.
         max_bytes: what all files together may have; the least recently used go first.
         piece_bytes: size of a piece.
 
@@ -35,7 +37,9 @@ class DiskCache:
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int, *, piece_bytes: int = _PIECE_BYTES) -> None:
         if max_bytes < piece_bytes:
             raise ConfigError(f"cache_bytes: expected at least one piece ({piece_bytes} bytes), found {max_bytes}")
-        self._folder, self._piece_bytes = Path(folder).expanduser().absolute(), piece_bytes
+        # A folder of its own: whatever else lies in the given one is not the cache's to count or remove.
+        self._folder = Path(folder).expanduser().absolute() / OWN_FOLDER
+        self._piece_bytes = piece_bytes
         self._loading: dict[tuple[str, int], Future[bytes]] = {}
         self._lock = threading.Lock()
         self.hits = self.misses = self.failed_writes = 0
@@ -93,8 +97,8 @@ class DiskCache:
         """Forget the pieces that hold a range of an object: its bytes are wrong."""
         try:
             for piece in self._pieces(start, length):
-                if self._space is not None:
-                    self._space.remove(self._path(name, piece, size))
+                if (space := self._space) is not None:
+                    space.remove(self._path(name, piece, size))
         except OSError as error:
             self._turn_off(error)
 
@@ -159,10 +163,11 @@ class DiskCache:
             return self._loading.pop((name, piece))
 
     def _store(self, path: Path, data: bytes) -> None:
-        if self._space is None:
+        space = self._space
+        if space is None:
             return
         try:
-            self._space.write(path, data)
+            space.write(path, data)
         except OSError as error:
             self._turn_off(error)
 

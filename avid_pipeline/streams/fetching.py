@@ -149,6 +149,7 @@ class SampleFetcher:
             self._queue.fail(shard, error)
 
     def _measure(self, wanted: Wanted, index: ShardIndex) -> None:
+        wanted.index = index
         wanted.start, wanted.length = index.span(wanted.place)
         wanted.cost = wanted.length
         if self._cache is not None:
@@ -191,7 +192,7 @@ class SampleFetcher:
 
     def _sample(self, wanted: Wanted, data: bytes) -> Sample:
         try:
-            return self._reader.assemble(wanted.shard, wanted.place, data)
+            return self._reader.assemble(wanted.shard, wanted.place, data, wanted.index)
         except ShardError:
             with self._counting:
                 self.counters.damaged += 1

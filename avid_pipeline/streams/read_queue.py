@@ -7,6 +7,7 @@ from concurrent.futures import Future
 
 from avid_pipeline.shards_spec.manifest import ShardInfo
 from avid_pipeline.shards_spec.sample import Sample
+from avid_pipeline.shards_spec.shard_file import ShardIndex
 
 _LARGEST_GAP = 1 << 20
 _LARGEST_READ = 8 << 20
@@ -18,7 +19,8 @@ class Wanted:
     Attributes:
         shard: that holds it.
         place: in the shard.
-        start: first byte; -1 until the shard's index is here.
+        index: of the shard; None until it is here.
+        start: first byte; -1 until the index is here.
         length: number of bytes.
         cost: bytes that reading it takes, at least ``length``.
         reading: bytes that count while a read runs; the first of a group stands for all.
@@ -27,10 +29,11 @@ class Wanted:
         sample: what becomes of it.
     """
 
-    __slots__ = ("awaited", "cost", "held", "length", "place", "reading", "sample", "shard", "start")
+    __slots__ = ("awaited", "cost", "held", "index", "length", "place", "reading", "sample", "shard", "start")
 
     def __init__(self, shard: ShardInfo, place: int) -> None:
         self.shard, self.place = shard, place
+        self.index: ShardIndex | None = None
         self.start = -1
         self.length = self.cost = 0
         self.reading = self.held = 0

@@ -147,6 +147,16 @@ def test_wrong_source_is_one_clear_error(tmp_path, source, message):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("out", [".", "shards/train"])
+def test_shards_among_the_sources_are_refused(tmp_path, out):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a.mp4").touch()
+    result = run(tmp_path, tmp_path / out)
+    assert result.exit_code == 2
+    assert "give a folder outside of it" in result.output
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.mp4", "c"]
+
+
 def test_a_folder_of_splits_names_the_split_to_give(tmp_path):
     (tmp_path / "train" / "c").mkdir(parents=True)
     (tmp_path / "train" / "c" / "a.mp4").touch()

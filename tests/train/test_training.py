@@ -240,3 +240,10 @@ def test_two_ranks_go_on_as_one(small_dataset, tmp_path):
     resumed = train(settings(data={"batch_size": 4, "workers": 1}), str(small_dataset), str(output), resume=True)
     assert resumed.step == 4
     assert [step for step, _ in losses(output)] == [1, 2, 3, 4]
+
+
+def test_checkpoints_at_every_so_many_steps_also_at_epoch_ends(small_dataset, tmp_path):
+    changes = {"epochs": 3, "checkpoint_every": 100, "checkpoint_every_steps": 2}
+    train(settings(**changes), str(small_dataset), str(tmp_path))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000004", "step-00000006"]

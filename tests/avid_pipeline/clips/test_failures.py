@@ -1,5 +1,7 @@
 """Samples that cannot be decoded inside sound shards."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,18 +27,38 @@ BROKEN = 5
 @pytest.fixture(scope="module")
 def broken_dataset(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small data set, but the video of one sample is noise; all checksums fit."""
-    root = tmp_path_factory.mktemp("broken")
+    return break_sample(small_dataset, tmp_path_factory.mktemp("broken"), no_pictures)
+
+
+def no_pictures(sample: Sample) -> Sample:
+    assert sample.video is not None
+    start = sample.video.index(b"mdat") + 4
+    return replace(sample, video=sample.video[:start] + bytes(len(sample.video) - start))
+
+
+def unknown_codec(sample: Sample) -> Sample:
+    assert sample.video is not None
+    return replace(sample, video=sample.video.replace(b"avc1", b"zzzz"))
+
+
+def cut_sound(sample: Sample) -> Sample:
+    assert sample.spectrogram is not None
+    return replace(sample, spectrogram=sample.spectrogram[:60])
+
+
+def smaller_picture(sample: Sample) -> Sample:
+    assert sample.record.video is not None
+    video = sample.record.video.model_copy(update={"width": 640, "height": 480})
+    return replace(sample, record=sample.record.model_copy(update={"video": video}))
+
+
+def break_sample(small_dataset: Path, root: Path, damage: Callable[[Sample], Sample]) -> Path:
     reader = open_dataset(small_dataset)
     shards = []
     for shard in reader.manifest.shards:
         with ShardWriter(root / shard.name) as writer:
             for place, sample in enumerate(reader.read_shard(shard)):
-                video = sample.video
-                if shard.first_index + place == BROKEN:
-                    assert video is not None
-                    start = video.index(b"mdat") + 4
-                    video = video[:start] + bytes(len(video) - start)
-                writer.add(Sample(sample.record, video, sample.spectrogram))
+                writer.add(damage(sample) if shard.first_index + place == BROKEN else sample)
             finished = writer.finish()
         (root / shard.index_name).write_bytes(finished.index.to_bytes())
         shards.append(shard.model_copy(update={"bytes": finished.bytes, "sha256": finished.sha256}))
@@ -89,6 +111,17 @@ def test_another_instance_takes_the_place_the_same_on_any_ranks(broken_dataset: 
         assert {instance for instance, _ in found - pairs}.isdisjoint(planned.instances.tolist())
     elsewhere, _, _ = load(reader, world_size=2, operators=operators)
     assert elsewhere == steps
+
+
+@pytest.mark.parametrize("operators", ["opencv", "dali"])
+@pytest.mark.parametrize("damage", [unknown_codec, cut_sound, smaller_picture])
+def test_whatever_is_wrong_with_a_sample_it_is_replaced(
+    small_dataset: Path, tmp_path: Path, damage: Callable[[Sample], Sample], operators: str
+) -> None:
+    reader = open_dataset(break_sample(small_dataset, tmp_path, damage))
+    steps, reported, _ = load(reader, operators=operators)
+    assert [failure.instance for failure in reported] == [BROKEN]
+    assert all(len(pairs) == 4 for pairs in steps.values())
 
 
 def test_too_many_failures_are_an_error() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from avid_pipeline.errors import ConfigError, StorageError
 from avid_pipeline.shards_spec.reader import open_dataset
-from avid_pipeline.streams.cache import DiskCache
+from avid_pipeline.streams.cache import OWN_FOLDER, DiskCache
 from avid_pipeline.streams.fetching import SampleFetcher
 
 PIECE = 4096
@@ -164,7 +164,7 @@ def test_processes_share_a_folder_and_its_bound(tmp_path):
     for worker in workers:
         worker.start()
     most = 0
-    while not (tmp_path / ".used-bytes").exists():
+    while not (tmp_path / OWN_FOLDER / ".used-bytes").exists():
         time.sleep(0.01)
     while any(worker.is_alive() for worker in workers):
         most = max(most, _total_now(tmp_path))
@@ -179,7 +179,7 @@ def test_processes_share_a_folder_and_its_bound(tmp_path):
 
 def _total_now(folder):
     """What files hold, those that are being written too, while nobody can change it."""
-    with (folder / ".used-bytes").open("r+b") as lock:
+    with (folder / OWN_FOLDER / ".used-bytes").open("r+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return total(folder)
 
@@ -194,7 +194,7 @@ def test_kill_9_leaves_a_cache_that_works(tmp_path, round_number):
         time.sleep(0.1 + 0.05 * random.random())
         os.kill(worker.pid, signal.SIGKILL)
         worker.join()
-    abandoned = tmp_path / "f" / ".writing-4096-0123456789abcdef"
+    abandoned = tmp_path / OWN_FOLDER / "f" / ".writing-4096-0123456789abcdef"
     abandoned.write_bytes(b"half a piece")
     _hammer(tmp_path, 99, bound, 0.3)
     assert not abandoned.exists()
@@ -204,8 +204,8 @@ def test_kill_9_leaves_a_cache_that_works(tmp_path, round_number):
 
 
 def test_a_file_that_is_being_written_is_left_alone(tmp_path):
-    (tmp_path / "f").mkdir()
-    with (tmp_path / "f" / ".writing-4096-0123456789abcdef").open("xb") as file:
+    (tmp_path / OWN_FOLDER / "f").mkdir(parents=True)
+    with (tmp_path / OWN_FOLDER / "f" / ".writing-4096-0123456789abcdef").open("xb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         cache = DiskCache(tmp_path, 2 * PIECE, piece_bytes=PIECE)
         assert Path(file.name).exists()
@@ -253,7 +253,7 @@ def test_a_cache_that_cannot_be(tmp_path):
     with pytest.raises(ConfigError, match="cache_bytes: expected at least one piece"):
         DiskCache(tmp_path, 1000)
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StorageError, match="file: cannot be the cache folder"):
+    with pytest.raises(StorageError, match="file.*: cannot be the cache folder"):
         DiskCache(tmp_path / "file", 1 << 30)
 
 
@@ -286,3 +286,16 @@ def test_a_cache_may_stand_before_a_local_root(small_dataset, tmp_path):
         with SampleFetcher(reader, cache=cache) as fetcher:
             assert fetcher.request(3).result() == reader.read(3)
     assert fetcher.counters.reads == 0
+
+
+def test_files_of_others_in_the_folder_stay(tmp_path):
+    thesis = tmp_path / "thesis" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_bytes(bytes(5_000_000))
+    (tmp_path / "photo-0-5000000").write_bytes(bytes(5_000_000))
+    cache = DiskCache(tmp_path, 8_000_000)
+    for number in range(4):
+        cache.read(f"a{number}", 0, 4_000_000, 4_000_000, lambda first, size: bytes(size))
+    assert thesis.stat().st_size == (tmp_path / "photo-0-5000000").stat().st_size == 5_000_000
+    own = [path for path in (tmp_path / OWN_FOLDER).rglob("a*") if path.is_file()]
+    assert 1 <= len(own) <= 2
