@@ -253,7 +253,7 @@ def test_a_cache_that_cannot_be(tmp_path):
     with pytest.raises(ConfigError, match="cache_bytes: expected at least one piece"):
         DiskCache(tmp_path, 1000)
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StorageError, match="file.*: cannot be the cache folder"):
+    with pytest.raises(StorageError, match=r"file.*: cannot be the cache folder"):
         DiskCache(tmp_path / "file", 1 << 30)
 
 
