@@ -9,11 +9,11 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from av.video.reformatter import Colorspace
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from avid_pipeline.clips.augmentation import FloatArray
 from avid_pipeline.clips.batch import ClipBatch, Recipe, describe
+from avid_pipeline.clips.colour_space import BT601, OTHER_WEIGHTS, yuv_to_rgb
 from avid_pipeline.clips.dali_graph import (
     GraphSettings,
     Inputs,
@@ -32,9 +32,6 @@ from avid_pipeline.shards_spec.manifest import Manifest
 from avid_pipeline.shards_spec.reader import ShardReader
 from avid_pipeline.shards_spec.video import open_video
 
-# Weights of red and blue in luminance. DALI's decoders convert every video as if it were of ITU-R BT.601.
-_BT601 = (0.299, 0.114)
-_OTHER_WEIGHTS = {int(Colorspace.ITU709): (0.2126, 0.0722), int(Colorspace.BT2020): (0.2627, 0.0593)}
 # Of crops that are no whole pixels, in pixels.
 
 
@@ -203,21 +200,11 @@ def prepare_encoded(clip: HostClip, num_frames: int, stride: int, where: str) ->
 
 def _for_colourspace(colour: FloatArray, colourspace: int) -> FloatArray:
     """The colour matrix [3, 4] for RGB that was made from YUV of another colour space as if it were BT.601."""
-    weights = _OTHER_WEIGHTS.get(colourspace)
+    weights = OTHER_WEIGHTS.get(colourspace)
     if weights is None:
         return colour
-    correction = _to_rgb(*weights) @ np.linalg.inv(_to_rgb(*_BT601))
+    correction = yuv_to_rgb(*weights) @ np.linalg.inv(yuv_to_rgb(*BT601))
     return np.hstack([colour[:, :3] @ correction, colour[:, 3:]]).astype(np.float32)
-
-
-def _to_rgb(red: float, blue: float) -> FloatArray:
-    green = 1 - red - blue
-    rows = [
-        [1, 0, 2 * (1 - red)],
-        [1, -2 * (1 - blue) * blue / green, -2 * (1 - red) * red / green],
-        [1, 2 * (1 - blue), 0],
-    ]
-    return np.array(rows, dtype=np.float32)
 
 
 def _dali_error(error: RuntimeError, number: int, batch: ClipBatch) -> DecodeError:

@@ -13,15 +13,13 @@ import av
 import cv2
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange
 
 from avid_pipeline.clips.augmentation import Augmentation, CropBox, FloatArray
+from avid_pipeline.clips.colour_space import BT601, OTHER_WEIGHTS, yuv_to_rgb
 
 ByteArray = npt.NDArray[np.uint8]
 
-# Weights of red and blue in luminance (ITU-R BT.601, BT.709, BT.2020).
-_BT601 = (0.299, 0.114)
-_WEIGHTS = {int(Colorspace.ITU709): (0.2126, 0.0722), int(Colorspace.BT2020): (0.2627, 0.0593)}
 _PLANAR_FORMATS = ("yuv420p", "yuvj420p")
 # Numpy's BLAS computes products this small in the calling thread; larger ones would wake threads of its own.
 _COLUMNS_PER_PRODUCT = 1 << 14
@@ -97,15 +95,7 @@ def _blur(step: float) -> float:
 
 def _from_yuv(colour: FloatArray, frame: av.VideoFrame) -> FloatArray:
     """The colour matrix [3, 4] for YUV as coded instead of RGB."""
-    red, blue = _WEIGHTS.get(int(frame.colorspace), _BT601)
-    green = 1 - red - blue
-    to_rgb = np.array(
-        [
-            [1, 0, 2 * (1 - red)],
-            [1, -2 * (1 - blue) * blue / green, -2 * (1 - red) * red / green],
-            [1, 2 * (1 - blue), 0],
-        ]
-    )
+    to_rgb = yuv_to_rgb(*OTHER_WEIGHTS.get(int(frame.colorspace), BT601))
     zero = np.array([0.0, 128.0, 128.0])
     if frame.format.name != "yuvj420p" and frame.color_range != ColorRange.JPEG:
         to_rgb *= [255 / 219, 255 / 224, 255 / 224]
