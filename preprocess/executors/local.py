@@ -81,6 +81,8 @@ def _start_worker(queue: Any) -> None:
 
 
 def _raise_exit(number: int, frame: Any) -> None:
+    # When one worker ends, the pool terminates the others once more: that must not interrupt their cleaning up.
+    signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 
