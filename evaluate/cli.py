@@ -9,11 +9,11 @@ from tabulate import tabulate
 
 from avid_pipeline.clips.settings import ClipSettings
 from avid_pipeline.config import parse_config
+from avid_pipeline.embedding import embed_dataset
 from avid_pipeline.errors import CheckpointError
-from avid_pipeline.evaluate.embedding import embed_dataset
-from avid_pipeline.evaluate.retrieval import RECALL_AT, RetrievalResult, chance, retrieve
 from avid_pipeline.models import load_pretrained
 from avid_pipeline.models.pretrained import WEIGHTS_NAME
+from avid_pipeline.retrieval import RECALL_AT, RetrievalResult, chance, retrieve
 from avid_pipeline.shards_spec.command_line import FriendlyCommand, FriendlyGroup, storage_option
 from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
 from avid_pipeline.shards_spec.reader import open_dataset

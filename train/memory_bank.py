@@ -13,11 +13,12 @@ import torch.nn.functional as F  # noqa: N812 (the name everyone knows)
 from numpy.typing import NDArray
 from torch import Tensor
 
+from avid_pipeline.collectives import RankGroup
 from avid_pipeline.errors import ConfigError
-from avid_pipeline.train.collectives import RankGroup
+from avid_pipeline.row_ranges import owned_rows
 from avid_pipeline.train.keys import derive_key
 
-__all__ = ["MODALITIES", "MemoryBank", "Modality", "OwnedCandidates", "owned_rows"]
+__all__ = ["MODALITIES", "MemoryBank", "Modality", "OwnedCandidates"]
 
 Modality = Literal["video", "audio"]
 MODALITIES: tuple[Modality, Modality] = ("video", "audio")
@@ -26,13 +27,6 @@ MODALITIES: tuple[Modality, Modality] = ("video", "audio")
 _INITIAL_BLOCK_ROWS = 4096
 # Bytes of memory rows in flight at once: few enough for a CPU's cache, enough to fill a GPU.
 _BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
-
-
-def owned_rows(num_instances: int, world_size: int, rank: int) -> range:
-    """Divides rows into contiguous ranges over ranks; the first ``N % W`` ranks own one row more."""
-    size, larger = divmod(num_instances, world_size)
-    first = rank * size + min(rank, larger)
-    return range(first, first + size + (rank < larger))
 
 
 @dataclass(frozen=True)

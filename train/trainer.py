@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from avid_pipeline.clips.batch import ClipBatch
+from avid_pipeline.collectives import RankGroup
 from avid_pipeline.errors import ConfigError
 from avid_pipeline.models import AVModel
 from avid_pipeline.shards_spec.storage import Storage, open_storage
@@ -24,7 +25,6 @@ from avid_pipeline.train.checkpoint import (
     restore_trainer_state,
     save_checkpoint,
 )
-from avid_pipeline.train.collectives import RankGroup
 from avid_pipeline.train.config import TrainConfig, changed_settings
 from avid_pipeline.train.data import TrainingData
 from avid_pipeline.train.loss_curve import draw_loss_curve
@@ -99,8 +99,8 @@ def train(
             _train_epoch(config, clips, steps_per_epoch, network, state, device, log, save)
             state.schedule.step()
             state.epoch += 1
-            steps = config.checkpoint_every_steps
-            due = state.epoch % config.checkpoint_every == 0 or (steps is not None and state.step % steps == 0)
+            steps = config.checkpoint.every_steps
+            due = state.epoch % config.checkpoint.every_epochs == 0 or (steps is not None and state.step % steps == 0)
             if due or state.epoch == config.epochs:
                 save()
     if group.rank == 0:
@@ -134,7 +134,7 @@ def _train_epoch(
             values["learning_rate"] = state.optimizer.param_groups[0]["lr"]
             values["decode_failures"] = loader.failures.failures
             log.metrics(state.step, state.epoch, values)
-        if config.checkpoint_every_steps and state.step % config.checkpoint_every_steps == 0 and state.step < last:
+        if config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0 and state.step < last:
             save()
 
 
@@ -193,9 +193,7 @@ def _new_state(config: TrainConfig, num_instances: int, device: torch.device) ->
         model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
     )
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(settings.milestones), settings.gamma)
-    bank = MemoryBank(
-        num_instances, config.model.projection[-1], config.loss.memory_momentum, config.seed, device=device
-    )
+    bank = MemoryBank(num_instances, config.model.projection[-1], config.memory.momentum, config.seed, device=device)
     criterion = AVIDLoss(
         bank, config.loss.num_negatives, config.loss.temperature, config.loss.cross, config.loss.within
     )

@@ -25,7 +25,7 @@ CONFIG = {
     "loss": {"num_negatives": 8},
     "optimizer": {"learning_rate": 1e-3},
     "log_every": 1,
-    "checkpoint_every_steps": 5,
+    "checkpoint": {"every_steps": 5},
 }
 
 

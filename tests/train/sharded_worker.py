@@ -13,8 +13,8 @@ from test_contrast import LargestTensor  # beside this script
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from avid_pipeline.collectives import RankGroup
 from avid_pipeline.errors import ConfigError
-from avid_pipeline.train.collectives import RankGroup
 from avid_pipeline.train.losses import AVIDLoss
 from avid_pipeline.train.memory_bank import MemoryBank
 

@@ -21,7 +21,7 @@ def test_changes_are_named_with_both_values():
 
 
 def test_what_does_not_change_a_clip_or_a_weight_is_free():
-    now = plain(epochs=9, log_every=3, checkpoint_every=2, data={"batch_size": 4, "workers": 3})
+    now = plain(epochs=9, log_every=3, checkpoint={"every_epochs": 2}, data={"batch_size": 4, "workers": 3})
     assert changed_settings(plain(), now) == []
 
 
@@ -31,7 +31,7 @@ def test_a_setting_that_another_release_lacks_is_a_change():
     assert changed_settings(older, plain()) == ["loss.temperature was None and is now 0.07"]
 
 
-@pytest.mark.parametrize("loss", [{"cross": 0.0}, {"temperature": 0.0}, {"memory_momentum": 1.0}, {"num_negatives": 0}])
+@pytest.mark.parametrize("loss", [{"cross": 0.0}, {"temperature": 0.0}, {"within": -1.0}, {"num_negatives": 0}])
 def test_losses_that_cannot_be(loss):
     with pytest.raises(ValidationError):
         TrainConfig.model_validate(SMALL | {"loss": loss})

@@ -1,6 +1,5 @@
 """The memory bank in one process; test_sharded.py divides it over ranks."""
 
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +12,13 @@ from torch import Tensor
 
 from avid_pipeline.errors import ConfigError
 from avid_pipeline.train import memory_bank
-from avid_pipeline.train.memory_bank import MemoryBank, owned_rows
+from avid_pipeline.train.memory_bank import MemoryBank
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "criteria.npz"
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
-
-
-@given(num_instances=st.integers(0, 10**7), world_size=st.integers(1, 300))
-def test_rows_are_divided_without_gap_and_evenly(num_instances: int, world_size: int) -> None:
-    ranges = [owned_rows(num_instances, world_size, rank) for rank in range(world_size)]
-    assert ranges[0].start == 0
-    assert ranges[-1].stop == num_instances
-    assert all(one.stop == other.start for one, other in pairwise(ranges))
-    assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
 
 
 def test_initial_rows_are_random_unit_vectors() -> None:

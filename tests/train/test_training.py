@@ -243,7 +243,7 @@ def test_two_ranks_go_on_as_one(small_dataset, tmp_path):
 
 
 def test_checkpoints_at_every_so_many_steps_also_at_epoch_ends(small_dataset, tmp_path):
-    changes = {"epochs": 3, "checkpoint_every": 100, "checkpoint_every_steps": 2}
+    changes = {"epochs": 3, "checkpoint": {"every_epochs": 100, "every_steps": 2}}
     train(settings(**changes), str(small_dataset), str(tmp_path))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000002", "step-00000004", "step-00000006"]

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 
 from avid_pipeline.clips.settings import ClipSettings
+from avid_pipeline.embedding import embed_dataset
 from avid_pipeline.errors import ConfigError
 from avid_pipeline.evaluate.cli import main
-from avid_pipeline.evaluate.embedding import embed_dataset
-from avid_pipeline.evaluate.retrieval import chance, retrieve
 from avid_pipeline.models import AVModel
+from avid_pipeline.retrieval import chance, retrieve
 from avid_pipeline.shards_spec.reader import open_dataset
 from avid_pipeline.train.config import TrainConfig
 from avid_pipeline.train.trainer import train
