@@ -74,6 +74,23 @@ class RankGroup:
         if self.size > 1:
             dist.barrier(group=self._process_group)
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank."""
+        if self.size == 1:
+            return flag
+        # On the CPU, so that a GPU is not waited for; the default group has a backend for both.
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._process_group)
+        return bool(flags.item())
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's (picklable) value, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._process_group)
+        return values
+
     def require_equal(self, values: Mapping[str, Any]) -> None:
         """Checks that all ranks were given the same values; unequal ones would hang or corrupt later steps.
 
@@ -85,8 +102,7 @@ class RankGroup:
         """
         if self.size == 1:
             return
-        of_ranks: list[Any] = [None] * self.size
-        dist.all_gather_object(of_ranks, dict(values), group=self._process_group)
+        of_ranks = self.gather_objects(dict(values))
         for name in values:
             found = [of_rank[name] for of_rank in of_ranks]
             if any(value != found[0] for value in found):

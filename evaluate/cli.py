@@ -80,6 +80,8 @@ def _clip_settings(checkpoint: str) -> tuple[ClipSettings, SpectrogramStatistics
     if Path(folder).is_file() or not has_record(open_storage(folder)):
         return ClipSettings(), None
     record = read_record(open_storage(folder))
+    if record.config is None:
+        return ClipSettings(), record.spectrogram_statistics
     if "clip" not in record.config:
         raise CheckpointError(f"{checkpoint}: its record has no clip settings; it was written by another release")
     return parse_config(record.config["clip"], ClipSettings, checkpoint), record.spectrogram_statistics

@@ -1,27 +1,31 @@
 #!/usr/bin/env bash
-# From synthetic videos to a trained and evaluated model. What an earlier run finished is kept.
+# From synthetic videos to trained and evaluated models. What an earlier run finished is kept.
 set -euo pipefail
 out=$1
 began=$SECONDS
 
 step() { printf '\n== %s\n' "$1"; }
 
-step "1/5  synthetic videos: sound and picture with shared causes"
+step "1/7  synthetic videos: sound and picture with shared causes"
 avid-preprocess demo "$out/videos" --instances 300 --seed 0
-step "2/5  videos to shards"
+step "2/7  videos to shards"
 avid-preprocess kinetics "$out/videos/train" "$out/shards/train" --split train --samples-per-shard 25
 avid-preprocess kinetics "$out/videos/val" "$out/shards/val" --split val --samples-per-shard 25
 avid-shards preview "$out/shards/train" --out "$out/contact-sheet.png"
-step "3/5  training AVID on the CPU (progress in $out/run/train.log)"
-avid-train configs/demo.yaml --data "$out/shards/train" --output "$out/run" --resume
-step "4/5  retrieval on held-out videos"
-avid-evaluate retrieval "$out/run" --data "$out/shards/val"
-step "5/5  done in $((SECONDS - began)) s"
+step "3/7  training AVID on the CPU (progress in $out/avid/train.log)"
+avid-train configs/demo.yaml --data "$out/shards/train" --output "$out/avid" --resume
+step "4/7  training AVID+CMA from it (progress in $out/cma/train.log)"
+avid-train configs/demo-cma.yaml --data "$out/shards/train" --output "$out/cma" --start-from "$out/avid" --resume
+step "5/7  retrieval on held-out videos: AVID"
+avid-evaluate retrieval "$out/avid" --data "$out/shards/val"
+step "6/7  retrieval on held-out videos: AVID+CMA"
+avid-evaluate retrieval "$out/cma" --data "$out/shards/val"
+step "7/7  done in $((SECONDS - began)) s"
 cat <<END
 videos          $out/videos/{train,val}/<class>/*.mp4
 shards          $out/shards/{train,val}        (look: avid-shards info $out/shards/train)
-run             $out/run                       (curves: tensorboard --logdir $out/run)
-retrieval       $out/run/retrieval.json
+runs            $out/avid, $out/cma            (curves: tensorboard --logdir $out)
+retrieval       $out/avid/retrieval.json, $out/cma/retrieval.json
 contact sheet   $out/contact-sheet.png
-loss curve      $out/run/loss.png
+loss curves     $out/avid/loss.png, $out/cma/loss.png
 END

@@ -25,12 +25,15 @@ def make_video(
     fps: int = 25,
     tone: int | None = 440,
     picture: bool = True,
+    begin: float = 0.0,
 ) -> Path:
-    """A small real video with ffmpeg's test picture and a sine tone (None: no sound)."""
+    """A small real video: ffmpeg's moving test picture from second ``begin`` on, and a sine tone (None: no sound)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     command = [find_ffmpeg(), "-hide_banner", "-loglevel", "error", "-y"]
     if picture:
-        command += ["-f", "lavfi", "-i", f"testsrc2=size={size}:rate={fps}:duration={seconds}"]
+        picture_filter = f"testsrc2=size={size}:rate={fps}:duration={begin + seconds}"
+        picture_filter += f",trim=start={begin},setpts=PTS-STARTPTS"
+        command += ["-f", "lavfi", "-i", picture_filter]
     if tone is not None:
         command += ["-f", "lavfi", "-i", f"sine=frequency={tone}:sample_rate=44100:duration={seconds}"]
     command += [
@@ -55,7 +58,7 @@ def kinetics_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten small videos in three class folders."""
     root = tmp_path_factory.mktemp("kinetics")
     for number in range(10):
-        make_video(root / f"class {number % 3}" / f"video{number:06d}.mp4", tone=300 + 100 * number)
+        make_video(root / f"class {number % 3}" / f"video{number:06d}.mp4", tone=300 + 100 * number, begin=number / 2)
     return root
 
 

@@ -4,59 +4,68 @@ Files of a checkpoint folder:
 
 - ``model.safetensors``: the model's state dict, with the published names;
 - ``trainer.pt``: optimizer and loss state, loadable with ``weights_only``;
-- ``memory_bank.zarr``: arrays ``video`` and ``audio`` [N, D], every chunk with its checksum;
+- ``memory_bank.zarr``: the memory bank and the positives, see :mod:`avid_pipeline.train.bank_snapshot`;
 - ``checkpoint.json``: configuration, place in the run, versions and checksums; written last.
 """
 
-import hashlib
-import io
-import json
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import safetensors.torch
 import torch
-import zarr
-from pydantic import ValidationError
-from zarr.codecs import Crc32cCodec
-from zarr.storage import ObjectStore
+from torch import Tensor
 
-from avid_pipeline import __version__
+from avid_pipeline.collectives import RankGroup
 from avid_pipeline.errors import CheckpointError, StorageError
 from avid_pipeline.models import AVModel
 from avid_pipeline.models.pretrained import LATEST_NAME, WEIGHTS_NAME
-from avid_pipeline.shards_spec.manifest import Record, SpectrogramStatistics, describe_validation_error
-from avid_pipeline.shards_spec.storage import Storage, open_storage
+from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
+from avid_pipeline.shards_spec.storage import Storage
 from avid_pipeline.streams.state import StreamState
+from avid_pipeline.train.bank_snapshot import POSITIVES, BankLayout, has_positives, read_rows, write_bank
+from avid_pipeline.train.checkpoint_files import (
+    clear_folder,
+    current_versions,
+    read_trainer_state,
+    read_weights,
+    remove_old,
+    set_aside,
+    write_durably,
+    write_files,
+    write_record,
+)
+from avid_pipeline.train.checkpoint_record import (
+    BANK_NAME,
+    RECORD_NAME,
+    TRAINER_NAME,
+    CheckpointRecord,
+    checkpoint_name,
+    file_of,
+    has_record,
+    latest_checkpoint,
+    list_checkpoints,
+    named_latest,
+    read_record,
+)
 from avid_pipeline.train.config import TrainConfig
 from avid_pipeline.train.memory_bank import MODALITIES, MemoryBank
+from avid_pipeline.train.together import run_together, try_together
 
-RECORD_NAME = "checkpoint.json"
-TRAINER_NAME = "trainer.pt"
-BANK_NAME = "memory_bank.zarr"
-FOLDER = "checkpoints"
-_ROWS_PER_CHUNK = 65_536
-
-
-class CheckpointRecord(Record):
-    """``checkpoint.json``.
-
-    Attributes:
-        format_version: of checkpoint folders, 1.
-        stream: where the run stands in its data; see :class:`~avid_pipeline.streams.state.StreamState`.
-        config: the run's configuration, as plain data.
-        spectrogram_statistics: what sound was normalised with.
-        versions: of avid-pipeline and torch.
-        sha256: checksums of the other files.
-    """
-
-    format_version: Literal[1] = 1
-    stream: dict[str, str | int]
-    config: dict[str, Any]
-    spectrogram_statistics: SpectrogramStatistics
-    versions: dict[str, str]
-    sha256: dict[str, str]
+__all__ = [
+    "BANK_NAME",
+    "RECORD_NAME",
+    "TRAINER_NAME",
+    "CheckpointRecord",
+    "has_record",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "read_record",
+    "restore_bank",
+    "restore_model",
+    "restore_positives",
+    "restore_trainer_state",
+    "resume_newest",
+    "save_checkpoint",
+]
 
 
 def save_checkpoint(
@@ -68,91 +77,109 @@ def save_checkpoint(
     model: AVModel,
     trainer_state: dict[str, Any],
     bank: MemoryBank,
+    positives: Tensor | None = None,
+    keep: int | None = None,
+    model_state: dict[str, Tensor] | None = None,
 ) -> str:
     """Write a checkpoint below a run's root and make it the latest.
 
-    Every rank must call this: each writes its own rows of the memory bank, the first rank the rest.
+    Every rank must call this: each writes its own rows of the memory bank, the first rank the rest. A step whose
+    complete checkpoint is the latest already is not written again: it holds the same, and replacing it would leave the
+    run without it for a while.
+
+    Args:
+        root: of the run.
+        stream: where the run stands.
+        config: the run's.
+        statistics: what sound is normalised with.
+        model: its state dict is written.
+        trainer_state: tensors and plain values that ``torch.load`` takes with ``weights_only``.
+        bank: the memory bank.
+        positives: of this rank's rows, int64 [len(bank.rows), k].
+        keep: newest checkpoints that stay; None for all.
+        model_state: written instead of the model's state dict.
 
     Returns:
         The checkpoint's name, relative to the root.
 
     Raises:
-        StorageError: the root cannot be written.
+        StorageError: on all ranks, if one cannot write; the message names the rank and the file.
+        CheckpointError: on all ranks, if another run's checkpoint has this name, or the positives do not fit the bank.
+        ConfigError: on all ranks, if they do not save the same step.
     """
-    name = f"{FOLDER}/step-{stream.step:08d}"
-    group = bank.group
-    if group.rank == 0:
-        root.delete(f"{name}/{RECORD_NAME}")
-        _bank_arrays(root, name, bank)
-    group.barrier()
-    for rank in range(group.size):
-        # In turn, for two ranks may share a chunk at the border of their rows.
-        if rank == group.rank:
-            _write_bank(root, name, bank)
-        group.barrier()
-    if group.rank == 0:
-        files = {
-            WEIGHTS_NAME: safetensors.torch.save(
-                {key: tensor.contiguous().cpu() for key, tensor in model.state_dict().items()}
-            ),
-            TRAINER_NAME: _torch_bytes(trainer_state),
-        }
-        for file, data in files.items():
-            root.write(f"{name}/{file}", data)
+    name, group = checkpoint_name(stream.step), bank.group
+    num_positives = None if positives is None else positives.shape[-1]
+    group.require_equal({"step of the checkpoint": stream.step, "positives of an instance": num_positives})
+
+    def begin() -> bool:
+        if group.rank > 0:
+            return True
+        if _is_saved(root, name, stream):
+            write_durably(root, LATEST_NAME, f"{name}\n".encode())
+            return False
+        clear_folder(root, name)
+        BankLayout.of(bank, num_positives).write_metadata(root, file_of(name, BANK_NAME))
+        return True
+
+    def write_parts() -> dict[str, str]:
+        weights = model.state_dict() if model_state is None else model_state
+        sha256 = write_files(root, name, weights, trainer_state) if group.rank == 0 else {}
+        write_bank(root, file_of(name, BANK_NAME), bank, positives)
+        return sha256
+
+    def complete(sha256: dict[str, str]) -> None:
         record = CheckpointRecord(
             stream=stream.to_dict(),
             config=config.model_dump(mode="json"),
             spectrogram_statistics=statistics,
-            versions={"avid-pipeline": __version__, "torch": torch.__version__},
-            sha256={file: hashlib.sha256(data).hexdigest() for file, data in files.items()},
+            versions=current_versions(),
+            sha256=sha256,
         )
-        root.write(f"{name}/{RECORD_NAME}", (json.dumps(record.model_dump(mode="json"), indent=1) + "\n").encode())
-        root.write(LATEST_NAME, f"{name}\n".encode())
-    group.barrier()
+        write_record(root, name, record)
+        write_durably(root, LATEST_NAME, f"{name}\n".encode())
+        if keep is not None:
+            remove_old(root, name, keep)
+
+    if run_together(group, begin)[0]:
+        sha256 = run_together(group, write_parts)[0]
+        run_together(group, lambda: complete(sha256) if group.rank == 0 else None)
     return name
 
 
-def latest_checkpoint(root: Storage) -> str | None:
-    """The newest complete checkpoint's name below a run's root; None where there is none."""
-    if not root.exists(LATEST_NAME):
-        return None
-    return root.read(LATEST_NAME).decode().strip()
-
-
-def has_record(folder: Storage) -> bool:
-    """Whether a folder is a checkpoint or run folder of ours."""
-    return folder.exists(RECORD_NAME) or latest_checkpoint(folder) is not None
-
-
-def read_record(folder: Storage) -> CheckpointRecord:
-    """Read ``checkpoint.json`` of a checkpoint folder, or of the newest one of a run folder.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
+def _is_saved(root: Storage, name: str, stream: StreamState) -> bool:
+    """Whether a checkpoint is complete and the one that the run would go on from."""
+    if not root.exists(file_of(name, RECORD_NAME)):
+        return False
+    named = named_latest(root)
+    if named != name and named in list_checkpoints(root):
+        return False
     try:
-        latest = latest_checkpoint(folder)
-        name = f"{latest}/{RECORD_NAME}" if latest else RECORD_NAME
-        data = folder.read(name)
-    except StorageError as error:
-        raise CheckpointError(f"{error} (expected a finished checkpoint or run folder)") from error
+        record = read_record(root, name)
+    except CheckpointError:
+        return False  # Nothing can go on from it, so that nothing is lost when it is replaced.
     try:
-        return CheckpointRecord.model_validate_json(data)
-    except ValidationError as error:
-        raise CheckpointError(f"{folder.url_of(name)}: {describe_validation_error(error)}") from error
+        StreamState.from_dict(record.stream).check(stream.manifest_fingerprint, stream.seed)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{root.url_of(name)}: is the checkpoint of another run and would be replaced; give another output: {error}"
+        ) from error
+    return True
 
 
 def restore_model(root: Storage, name: str, record: CheckpointRecord, model: AVModel) -> None:
     """Load the model's weights of a checkpoint.
 
+    Every rank reads the file and checks its checksum: what must be right is what this rank got, and there is nothing
+    to wait for.
+
     Raises:
         CheckpointError: the file is damaged or has other tensors.
     """
-    data = _read_checked(root, name, WEIGHTS_NAME, record)
+    weights = read_weights(root, name, record)
     try:
-        model.load_state_dict(safetensors.torch.load(data))
+        model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"{root.url_of(name)}/{WEIGHTS_NAME}: does not fit the model: {error}") from error
+        raise CheckpointError(f"{root.url_of(file_of(name, WEIGHTS_NAME))}: does not fit the model: {error}") from error
 
 
 def restore_trainer_state(root: Storage, name: str, record: CheckpointRecord) -> dict[str, Any]:
@@ -161,9 +188,7 @@ def restore_trainer_state(root: Storage, name: str, record: CheckpointRecord) ->
     Raises:
         CheckpointError: the file is damaged.
     """
-    data = _read_checked(root, name, TRAINER_NAME, record)
-    state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    return state
+    return read_trainer_state(root, name, record)
 
 
 def restore_bank(root: Storage, name: str, bank: MemoryBank) -> None:
@@ -172,75 +197,72 @@ def restore_bank(root: Storage, name: str, bank: MemoryBank) -> None:
     Raises:
         CheckpointError: the snapshot is missing, damaged, or has another number of instances or dimensions.
     """
-    rows = [_read_rows(root, name, modality, bank) for modality in MODALITIES]
+    folder = file_of(name, BANK_NAME)
+    rows = [read_rows(root, folder, modality, bank.rows, bank.num_instances, bank.dim) for modality in MODALITIES]
     bank.load_local(*(torch.from_numpy(of_modality) for of_modality in rows))
 
 
-def _read_rows(root: Storage, name: str, modality: str, bank: MemoryBank) -> npt.NDArray[np.float32]:
-    """This rank's rows of a modality, float32 [len(bank.rows), D]."""
-    where = f"{root.url_of(name)}/{BANK_NAME}/{modality}"
-    expected = [bank.num_instances, bank.dim]
-    try:
-        array = _array(zarr.open_group(_bank_store(root, name, create=False), mode="r"), modality)
-        if list(array.shape) != expected:
-            raise CheckpointError(f"{where}: expected shape {expected}, found {list(array.shape)}")
-        rows = np.asarray(array[bank.rows.start : bank.rows.stop], dtype=np.float32)
-    except StorageError as error:
-        raise CheckpointError(f"{where}: is no memory bank snapshot: {error}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{where}: is damaged, use an earlier checkpoint: {reason}") from error
-    if not np.isfinite(rows).all():
-        raise CheckpointError(f"{where}: some of its rows are missing, use an earlier checkpoint")
-    return rows
+def restore_positives(root: Storage, name: str, bank: MemoryBank) -> Tensor | None:
+    """Positives of the rows that this rank owns, int64 [len(bank.rows), k]; None if the checkpoint has none.
+
+    Raises:
+        CheckpointError: they are damaged, or of another number of instances.
+    """
+    folder = file_of(name, BANK_NAME)
+    if not has_positives(root, folder):
+        return None
+    return torch.from_numpy(read_rows(root, folder, POSITIVES, bank.rows, bank.num_instances))
 
 
-def _array(group: zarr.Group, modality: str) -> zarr.Array[Any]:
-    array = group[modality]
-    if not isinstance(array, zarr.Array):
-        raise CheckpointError(f"memory bank snapshot: {modality} is a group, expected an array")
-    return array
+def resume_newest(
+    root: Storage,
+    group: RankGroup,
+    attempt: Callable[[str, CheckpointRecord], None],
+    warn: Callable[[str], object],
+) -> str | None:
+    """Take up the newest checkpoint that is whole on every rank; every rank must call this.
+
+    The one that ``latest`` names is tried first, then the others, newest first. After falling back, ``latest`` names
+    the one that was taken up, and those that were not whole count as incomplete from then on, so that saves replace
+    them and keep none of them in place of a good one.
+
+    Args:
+        root: of the run.
+        group: the ranks.
+        attempt: restores everything from a checkpoint, given its name and record; called again with an earlier one
+            when it raises CheckpointError or StorageError on any rank. It must not wait for other ranks.
+        warn: called on the first rank with every reason to fall back.
+
+    Returns:
+        The checkpoint's name, the same on all ranks; None if there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole; the message is about the newest.
+        AvidPipelineError: on all ranks, if ``attempt`` raised any other error of ours on one.
+    """
+    named, complete = run_together(group, lambda: (named_latest(root), list_checkpoints(root)))[0]
+    candidates = [name for name in complete if name == named] + [name for name in reversed(complete) if name != named]
+    reasons: list[str] = []
+    if named is not None and named not in complete:
+        reasons.append(f"{root.url_of(LATEST_NAME)}: names {named[:100]!r}, which is missing or incomplete")
+    for place, name in enumerate(candidates):
+        if reasons and group.rank == 0:
+            warn(f"{reasons[-1]}; falling back to {name}")
+        _, failure = try_together(group, lambda name=name: attempt(name, read_record(root, name)))  # type: ignore[misc]
+        if failure is None:
+            damaged = candidates[:place]
+            run_together(group, lambda: _make_latest(root, name, damaged) if group.rank == 0 else None)  # noqa: B023
+            return name
+        if not issubclass(failure.kind, (CheckpointError, StorageError)):
+            raise failure.kind(failure.reason)
+        reasons.append(failure.reason)
+    if reasons:
+        raise CheckpointError(f"{reasons[0]}; no checkpoint of {root.url} is whole, {len(complete)} tried")
+    return None
 
 
-def _bank_store(root: Storage, name: str, *, create: bool) -> ObjectStore[Any]:
-    return ObjectStore(open_storage(root.url_of(f"{name}/{BANK_NAME}"), create=create).store)
-
-
-def _bank_arrays(root: Storage, name: str, bank: MemoryBank) -> None:
-    store = _bank_store(root, name, create=True)
-    group = zarr.open_group(store, mode="w", attributes={"modalities": list(MODALITIES)})
-    for modality in MODALITIES:
-        group.create_array(
-            modality,
-            shape=(bank.num_instances, bank.dim),
-            chunks=(min(_ROWS_PER_CHUNK, bank.num_instances), bank.dim),
-            dtype="float32",
-            # Random vectors do not compress; a checksum and NaN for chunks that are not there tell damage instead.
-            compressors=Crc32cCodec(),
-            fill_value=float("nan"),
-        )
-
-
-def _write_bank(root: Storage, name: str, bank: MemoryBank) -> None:
-    group = zarr.open_group(_bank_store(root, name, create=False), mode="r+")
-    for modality, rows in zip(MODALITIES, bank.local(), strict=True):
-        _array(group, modality)[bank.rows.start : bank.rows.stop] = rows.float().cpu().numpy()
-
-
-def _torch_bytes(state: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def _read_checked(root: Storage, name: str, file: str, record: CheckpointRecord) -> bytes:
-    try:
-        data = root.read(f"{name}/{file}")
-    except StorageError as error:
-        raise CheckpointError(str(error)) from error
-    if hashlib.sha256(data).hexdigest() != record.sha256.get(file):
-        raise CheckpointError(
-            f"{root.url_of(name)}/{file}: does not have the checksum in {RECORD_NAME}; the file is damaged, "
-            "use an earlier checkpoint"
-        )
-    return data
+def _make_latest(root: Storage, name: str, damaged: list[str]) -> None:
+    if named_latest(root) != name:
+        write_durably(root, LATEST_NAME, f"{name}\n".encode())
+    for each in damaged:
+        set_aside(root, each)

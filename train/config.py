@@ -17,6 +17,8 @@ _FREE_TO_CHANGE = (
     "log_every",
     "checkpoint",
     "evaluation",
+    "compute.compile",
+    "memory.init",
     "data.workers",
     "data.max_failure_rate",
     "data.connections",
@@ -32,8 +34,8 @@ class ModelSettings(Settings):
     Attributes:
         video_depth: depth of R(2+1)D: 10, 18 or 34.
         projection: sizes of the layers of each projection head; the last is the embedding's.
-        batch_norm_clips: clips that are normalised together while training: several groups on a rank, or one over
-            several ranks, so that the number of ranks does not change the result. None for the whole batch.
+        batch_norm_clips: clips that are normalised together while training, at most: several groups on a rank, or one
+            over several ranks, so that the number of ranks does not change the result. None for the whole batch.
     """
 
     video_depth: Literal[10, 18, 34] = 18
@@ -159,13 +161,13 @@ class ComputeSettings(Settings):
     """How a step is computed.
 
     Attributes:
-        precision: of convolutions and matrix products; ``bfloat16`` is autocast. The loss is always float32.
+        precision: of the networks; ``bfloat16`` is autocast, ``float64`` is for comparing runs. The loss is float32.
         channels_last: memory layout of pictures and features; faster on GPUs.
         compile: run the networks through ``torch.compile``; slow to begin, then faster.
         accumulate: parts that a step's batch is computed in, one after the other, to save memory.
     """
 
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
     channels_last: bool = False
     compile: bool = False
     accumulate: int = Field(1, ge=1)
@@ -245,20 +247,26 @@ class TrainConfig(Settings):
         return self
 
 
-def changed_settings(before: Any, now: Any, field: str = "") -> list[str]:
+def changed_settings(before: Any, now: Any) -> list[str]:
     """What a run may not be resumed with: ``field was … and is now …`` for every such difference.
 
     Args:
         before: a configuration as plain data.
         now: another.
-        field: dotted path of the two, for messages.
     """
-    if field in _FREE_TO_CHANGE:
+    # Only a cosine looks ahead to the end of the run.
+    looks_ahead = any(config.get("optimizer", {}).get("schedule") == "cosine" for config in (before, now))
+    free = set(_FREE_TO_CHANGE) - ({"epochs"} if looks_ahead else set())
+    return _changes(before, now, "", free)
+
+
+def _changes(before: Any, now: Any, field: str, free: set[str]) -> list[str]:
+    if field in free:
         return []
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             change
             for key in sorted(before.keys() | now.keys())
-            for change in changed_settings(before.get(key), now.get(key), f"{field}.{key}" if field else key)
+            for change in _changes(before.get(key), now.get(key), f"{field}.{key}" if field else key, free)
         ]
     return [] if before == now else [f"{field} was {before!r} and is now {now!r}"]

@@ -169,25 +169,47 @@ def _accumulate_memory(job: _Job, memory: Modality, queries: Tensor, totals: Ten
     # Both modalities' queries share one gathered block where both are scored against this memory.
     modalities = [modality for modality in MODALITIES if any(c.query == modality for _, c in active)]
     places = slice(MODALITIES.index(modalities[0]), MODALITIES.index(modalities[-1]) + 1)
-    tables = [_column_table(contrast, job.owned.num_columns, queries) for _, contrast in active]
+    plans = [_TermPlan(term, contrast, job, modalities.index(contrast.query), queries) for term, contrast in active]
     scaled_queries = queries[:, places] / job.temperature
     for chunk, block, columns in job.bank.blocks(memory, job.owned):
         block = block.to(queries.dtype)  # Queries are float64 where gradients are compared with finite differences.
         scores = _score(scaled_queries[chunk], block)
         slopes = torch.zeros_like(scores)
-        for (term, contrast), table in zip(active, tables, strict=True):
-            signs, weights, slope_weights = table[:, :-1] if columns is None else table[:, columns]
-            place = modalities.index(contrast.query)
-            offset = math.log(len(contrast.negatives) * job.partition_function)
-            logits = (scores[:, place] - offset) * signs
-            totals[term] += (F.softplus(logits) * weights).sum()
-            slopes[:, place] += torch.sigmoid(logits) * slope_weights
+        for plan in plans:
+            signs, weights, slope_weights = plan.of_columns(columns)
+            logits = (scores[:, plan.place, plan.span] - plan.offset) * signs
+            totals[plan.term] += (F.softplus(logits) * weights).sum()
+            slopes[:, plan.place, plan.span] += torch.sigmoid(logits) * slope_weights
         if gradient is not None:
             gradient[chunk, places] += torch.bmm(slopes, block)
 
 
+class _TermPlan:
+    """What one contrast does with every candidate.
+
+    Attributes:
+        term: Place of the contrast in the loss.
+        place: Place of its queries among the scored ones.
+        offset: log K*Z.
+        span: The packed candidates that can be its positives and negatives; the others are left alone.
+    """
+
+    def __init__(self, term: int, contrast: Contrast, job: _Job, place: int, like: Tensor) -> None:
+        self.term, self.place = term, place
+        self.offset = math.log(len(contrast.negatives) * job.partition_function)
+        self._table = _column_table(contrast, job.owned.num_columns, like)
+        # Candidates are packed to the left in the order of their columns: none is to the right of its column.
+        is_packed = job.owned.columns is not None
+        first = 0 if is_packed else min(contrast.positives.start, contrast.negatives.start)
+        self.span = slice(first, max(contrast.positives.stop, contrast.negatives.stop))
+
+    def of_columns(self, columns: Tensor | None) -> Tensor:
+        """The rows of :func:`_column_table` for the candidates in ``span``, ``[3, C]`` or ``[3, q, C]``."""
+        return self._table[:, self.span] if columns is None else self._table[:, columns[:, self.span]]
+
+
 def _column_table(contrast: Contrast, num_columns: int, like: Tensor) -> Tensor:
-    """What a contrast does with every candidate column, ``[3, R + 1]``; the last column stands for no candidate.
+    """The weights of a contrast for every candidate column, ``[3, R + 1]``; the last stands for no candidate.
 
     Rows: the sign of the logit (-1 for positives), the weight of the column's term, and the weight of its slope.
     """

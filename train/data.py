@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from avid_pipeline.clips.failures import Failure, FailurePolicy
 from avid_pipeline.clips.loader import ClipLoader
@@ -55,6 +56,11 @@ class TrainingData:
     def manifest(self) -> Manifest:
         """What the data set holds."""
         return self.reader.manifest
+
+    @property
+    def instances(self) -> NDArray[np.int64]:
+        """The instances trained on, ascending: row ``i`` of the memory bank belongs to the ``i``-th."""
+        return self._instances
 
     @property
     def num_instances(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -99,6 +100,9 @@ class MemoryBank:
         self._shards = {
             modality: _initial_rows(self.rows, dim, seed, modality, dtype).to(device) for modality in MODALITIES
         }
+        # Video's and audio's sum of 1 - cosine(old row, new row), over so many updated rows.
+        self._drift = torch.zeros(len(MODALITIES), dtype=torch.float64, device=device)
+        self._num_updated = 0
 
     @property
     def device(self) -> torch.device:
@@ -113,6 +117,7 @@ class MemoryBank:
     def to(self, device: torch.device | str) -> Self:
         """Moves this rank's rows to a device; returns the bank."""
         self._shards = {modality: shard.to(device) for modality, shard in self._shards.items()}
+        self._drift = self._drift.to(device)
         return self
 
     def local(self) -> tuple[Tensor, Tensor]:
@@ -167,6 +172,24 @@ class MemoryBank:
                 )
         for modality in MODALITIES:
             self._shards[modality].copy_(loaded[modality][first : first + len(self.rows)])
+
+    def check_instances(self, name: str, instances: Tensor, shape: list[int]) -> None:
+        """Refuses anything but row numbers, int64 of the given shape, at least one.
+
+        Raises:
+            ConfigError: Naming them by ``name``.
+        """
+        if instances.dtype != torch.int64 or list(instances.shape) != shape or instances.numel() == 0:
+            raise ConfigError(
+                f"{name} must be int64 of shape {shape}, but is {instances.dtype} of shape {list(instances.shape)}"
+            )
+        smallest, largest = (int(bound) for bound in instances.aminmax())
+        if smallest < 0 or largest >= self.num_instances:
+            found = smallest if smallest < 0 else largest
+            raise ConfigError(
+                f"{name} holds instance {found}, but the memory bank has rows 0 to {self.num_instances - 1} "
+                f"(num_instances={self.num_instances}); make the bank for the dataset that is read"
+            )
 
     def find_owned(self, candidates: Tensor) -> OwnedCandidates:
         """Picks from every query's candidates those whose rows this rank owns.
@@ -230,10 +253,27 @@ class MemoryBank:
         is_owned = (by_instance >= self.rows.start) & (by_instance < self.rows.stop)
         kept = order[is_last & is_owned]
         local = index[kept] - self.rows.start
+        self._num_updated += len(kept)
         for place, modality in enumerate(MODALITIES):
             shard = self._shards[modality]
-            mixed = torch.lerp(embeddings[kept, place], shard[local].to(torch.float32), self.momentum)
-            shard[local] = F.normalize(mixed, dim=1).to(shard.dtype)
+            old = shard[local].to(torch.float32)
+            new = F.normalize(torch.lerp(embeddings[kept, place], old, self.momentum), dim=1)
+            shard[local] = new.to(shard.dtype)
+            self._drift[place] += (1 - F.cosine_similarity(old, new, dim=1)).sum()
+
+    def take_drift(self) -> dict[Modality, float]:
+        """How far updates moved rows since the last call: the mean of 1 - cosine(old row, new row). All ranks call.
+
+        An instance that was updated n times counts n times.
+
+        Returns:
+            For each modality the mean over the updated rows of all ranks, 0 to 2; NaN if no row was updated.
+        """
+        counted = torch.cat([self._drift, self._drift.new_tensor([self._num_updated])])
+        *sums, count = self.group.all_reduce_sum(counted).tolist()
+        self._drift, self._num_updated = torch.zeros_like(self._drift), 0
+        means = [total / count if count else math.nan for total in sums]
+        return dict(zip(MODALITIES, means, strict=True))
 
 
 def _read_rows(shard: Tensor, rows: Tensor) -> Tensor:

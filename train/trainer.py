@@ -1,269 +1,230 @@
 """The training loop, readable from top to bottom."""
 
-import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
-from avid_pipeline.clips.batch import ClipBatch
+from avid_pipeline.clips.failures import Failure
 from avid_pipeline.collectives import RankGroup
 from avid_pipeline.errors import ConfigError
-from avid_pipeline.models import AVModel
+from avid_pipeline.models.batch_norm import averaged_batch_norm
 from avid_pipeline.shards_spec.storage import Storage, open_storage
 from avid_pipeline.streams.state import StreamState
-from avid_pipeline.train.checkpoint import (
-    latest_checkpoint,
-    read_record,
-    restore_bank,
-    restore_model,
-    restore_trainer_state,
-    save_checkpoint,
-)
-from avid_pipeline.train.config import TrainConfig, changed_settings
+from avid_pipeline.train.beginning import begin_state, search_positives
+from avid_pipeline.train.checkpoint import latest_checkpoint
+from avid_pipeline.train.class_purity import LabelTable
+from avid_pipeline.train.config import TrainConfig
 from avid_pipeline.train.data import TrainingData
 from avid_pipeline.train.loss_curve import draw_loss_curve
-from avid_pipeline.train.losses import AVIDLoss
-from avid_pipeline.train.memory_bank import MemoryBank
-from avid_pipeline.train.run_log import RunLog
+from avid_pipeline.train.losses import AVIDCMALoss
+from avid_pipeline.train.meter import Meter
+from avid_pipeline.train.negatives import draw_negatives
+from avid_pipeline.train.optimisation import learning_rate
+from avid_pipeline.train.retrieval_hook import RetrievalHook
+from avid_pipeline.train.run_log import RunLog, log_folder
+from avid_pipeline.train.saving import resume_state, save_state
+from avid_pipeline.train.state import TrainState, choose_device, distribute, make_bank, make_model
+from avid_pipeline.train.step import train_step
+from avid_pipeline.train.stop_signal import StopSignal
+
+__all__ = ["train"]
 
 
-@dataclass
-class TrainState:
-    """Everything that a checkpoint holds.
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run that its functions share.
 
     Attributes:
-        model: the networks, not wrapped.
-        optimizer: Adam over their parameters.
-        schedule: the learning rate over epochs.
-        criterion: the loss; it holds the memory bank.
-        epoch: the next epoch to train, from 0.
-        step: steps trained so far, over all epochs.
+        config: its settings.
+        clips: its data.
+        root: where its checkpoints go.
+        device: of the networks.
+        log: of the first rank.
+        stop: tells of a SIGTERM.
+        state: what is trained; the only part that changes.
+        network: the model as this process group trains it.
+        steps_per_epoch: global batches of an epoch.
+        labels: classes of the instances, where AVID+CMA is trained on data that have classes.
+        retrieval: the evaluation on held-out data, if there is one.
     """
 
-    model: AVModel
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    criterion: AVIDLoss
-    epoch: int = 0
-    step: int = 0
+    config: TrainConfig
+    clips: TrainingData
+    root: Storage
+    device: torch.device
+    log: RunLog
+    stop: StopSignal
+    state: TrainState
+    network: nn.Module
+    steps_per_epoch: int
+    labels: LabelTable | None
+    retrieval: RetrievalHook | None
+
+    @property
+    def group(self) -> RankGroup:
+        """The ranks that train together."""
+        return self.state.criterion.bank.group
+
+    def warn(self, failure: Failure) -> None:
+        """Say that a sample cannot be decoded."""
+        self.log.warn(failure.reason)
 
 
 def train(
-    config: TrainConfig, data: str, output: str, *, resume: bool = False, options: Mapping[str, str] | None = None
+    config: TrainConfig,
+    data: str,
+    output: str,
+    *,
+    resume: bool = False,
+    from_scratch: bool = False,
+    options: Mapping[str, str] | None = None,
 ) -> TrainState:
-    """Train AVID; in every process of a process group where there is one.
+    """Train AVID or AVID+CMA; in every process of a process group where there is one.
 
     Args:
         config: the run.
         data: root URL of the training data.
-        output: the run's folder.
-        resume: go on from the newest checkpoint in ``output``, or start where there is none.
-        options: of the object store that the data are in.
+        output: root of the run: a folder, or a URL of an object store.
+        resume: go on from the newest checkpoint in ``output`` that is whole, or start where there is none.
+        from_scratch: let AVID+CMA start without an AVID checkpoint.
+        options: of the object store that the data, the run or the checkpoint to start from are in.
 
     Returns:
-        The final state.
+        The final state, or that at a SIGTERM, which is ``stopped``.
 
     Raises:
         ConfigError: the configuration does not fit the data, the machine or a run that is there.
-        CheckpointError: the checkpoint to resume from is damaged or of another run.
+        CheckpointError: no checkpoint to resume from is whole, or the one to start from is damaged.
         AvidPipelineError: the data cannot be read.
     """
     group = RankGroup()
     clips = TrainingData(config, data, options)
-    root = open_storage(output, create=True)
+    root = open_storage(output, create=True, options=options)
     if not resume and latest_checkpoint(root) is not None:
         raise ConfigError(f"{output}: holds a run already; give --resume to go on with it, or another folder")
-    device = _device(config)
-    state = _new_state(config, clips.num_instances, device)
-    if resume:
-        _restore(root, state, config, clips)
-    network = _wrap(state.model, device)
     first_epoch = clips.plan(0)
     first_epoch.check_world_size(group.size)
-    steps_per_epoch = first_epoch.num_batches
-    total_steps = steps_per_epoch * config.epochs
-    folder = root.local_root or Path(output)
-    with RunLog(folder, total_steps, state.step, quiet=group.rank > 0) as log:
-
-        def save() -> None:
-            log.say(f"checkpoint {root.url_of(_save(root, state, config, clips))}")
-
-        log.say(_summary(config, clips, device, group, total_steps, state))
-        while state.epoch < config.epochs:
-            _train_epoch(config, clips, steps_per_epoch, network, state, device, log, save)
-            state.schedule.step()
-            state.epoch += 1
-            steps = config.checkpoint.every_steps
-            due = state.epoch % config.checkpoint.every_epochs == 0 or (steps is not None and state.step % steps == 0)
-            if due or state.epoch == config.epochs:
-                save()
-    if group.rank == 0:
-        draw_loss_curve(folder)
+    device = choose_device(config)
+    retrieval = None
+    if config.evaluation is not None:
+        retrieval = RetrievalHook(config, clips.statistics, options)
+    folder = log_folder(root)
+    copy_to = root if root.local_root is None else None
+    with RunLog(folder, group.rank > 0, copy_to) as log, StopSignal(group) as stop:
+        model, bank = make_model(config, device), make_bank(config, clips.num_instances, device)
+        state = resume_state(root, config, clips, model, bank, log.warn) if resume else None
+        if state is None:
+            state = begin_state(
+                config, clips, model, bank, log.say, log.warn, from_scratch=from_scratch, options=options
+            )
+        network = distribute(model, config, device, group)
+        classes = clips.manifest.classes
+        labels = LabelTable(bank.rows, len(classes), group) if config.agreement is not None and classes else None
+        steps = first_epoch.num_batches
+        run = Run(config, clips, root, device, log, stop, state, network, steps, labels, retrieval)
+        log.begin(steps * config.epochs, state.step)
+        log.say(_summary(run))
+        while state.epoch < config.epochs and not state.stopped:
+            _train_epoch(run)
+        if group.rank == 0:
+            draw_loss_curve(folder)
+        log.publish()
     return state
 
 
-def _train_epoch(
-    config: TrainConfig,
-    clips: TrainingData,
-    steps_per_epoch: int,
-    network: torch.nn.Module,
-    state: TrainState,
-    device: torch.device,
-    log: RunLog,
-    save: Callable[[], None],
-) -> None:
-    group = state.criterion.bank.group
-    last = (state.epoch + 1) * steps_per_epoch
-    first = StreamState(clips.fingerprint, config.seed, state.epoch, state.step).step_of_epoch(steps_per_epoch)
-    loader = clips.loader(state.epoch, first, group.rank, group.size, lambda failure: log.warn(failure.reason))
-    network.train()
-    meter = _Meter(config.data.batch_size)
-    for batch in loader:
-        meter.data_arrived()
-        loss, terms = _step(network, state, batch, clips.rows(batch["index"]), device)
-        meter.step_done({"total": loss, **terms})
-        log.advance()
-        if state.step % config.log_every == 0 or state.step == last:
-            values = meter.take()
-            values["learning_rate"] = state.optimizer.param_groups[0]["lr"]
-            values["decode_failures"] = loader.failures.failures
-            log.metrics(state.step, state.epoch, values)
-        if config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0 and state.step < last:
-            save()
+def _train_epoch(run: Run) -> None:
+    """The rest of an epoch, its evaluation and its checkpoint."""
+    config, state, epoch = run.config, run.state, run.state.epoch
+    last = (epoch + 1) * run.steps_per_epoch
+    _resample_positives(run)
+    stream = StreamState(run.clips.fingerprint, config.seed, epoch, state.step)
+    first = stream.step_of_epoch(run.steps_per_epoch)
+    loader = run.clips.loader(epoch, first, run.group.rank, run.group.size, run.warn)
+    run.network.train()
+    meter = Meter(config.data.batch_size)
+    with closing(iter(loader)) as batches:
+        for batch in batches:
+            meter.data_arrived()
+            rows = run.clips.rows(batch["index"])
+            rate = learning_rate(config.optimizer, state.step, run.steps_per_epoch, config.epochs)
+            meter.step_done(train_step(run.network, state, batch, rows, config, run.device, rate))
+            run.log.advance()
+            if run.labels is not None:
+                run.labels.learn(rows, batch["labels"])
+            if state.step % config.log_every == 0 or state.step == last:
+                values = meter.take() | {"learning_rate": rate, "decode_failures": loader.failures.failures}
+                run.log.metrics(state.step, epoch, values | _memory_values(run, rows))
+            state.stopped = run.stop.on_any_rank()
+            due = config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0
+            if state.step < last and (due or state.stopped):
+                _save(run)
+                if state.stopped:
+                    return
+                meter.pause()
+    state.epoch += 1
+    _finish_epoch(run)
 
 
-def _step(
-    network: torch.nn.Module, state: TrainState, batch: ClipBatch, rows: torch.Tensor, device: torch.device
-) -> tuple[float, dict[str, float]]:
-    video_emb, audio_emb = network(batch["video"].to(device), batch["audio"].to(device))
-    loss, terms = state.criterion(video_emb, audio_emb, rows.to(device))
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise ConfigError(
-            f"the loss became {value} at step {state.step + 1}; lower optimizer.learning_rate, or look at the "
-            "data with avid-shards validate; the newest checkpoint is from before"
-        )
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    state.optimizer.step()
-    state.step += 1
-    return value, terms
+def _finish_epoch(run: Run) -> None:
+    config, state = run.config, run.state
+    final = state.epoch == config.epochs
+    state.stopped &= not final
+    evaluation = config.evaluation
+    if evaluation is not None and (final or state.epoch % evaluation.every == 0) and not state.stopped:
+        assert run.retrieval is not None
+        with averaged_batch_norm(state.model, run.group):
+            run.log.metrics(state.step, state.epoch - 1, run.retrieval.run(state.model, run.group, run.warn))
+    steps = config.checkpoint.every_steps
+    due = state.epoch % config.checkpoint.every_epochs == 0 or (steps is not None and state.step % steps == 0)
+    if due or final or state.stopped:
+        _save(run)
 
 
-class _Meter:
-    """Means of loss terms, clips a second and the share of time spent waiting for data, since the last line."""
-
-    def __init__(self, clips_per_step: int) -> None:
-        self._clips_per_step = clips_per_step
-        self._sums: dict[str, float] = {}
-        self._steps = 0
-        self._waited = 0.0
-        self._began = self._last = time.perf_counter()
-
-    def data_arrived(self) -> None:
-        self._waited += time.perf_counter() - self._last
-
-    def step_done(self, terms: dict[str, float]) -> None:
-        for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._steps += 1
-        self._last = time.perf_counter()
-
-    def take(self) -> dict[str, float]:
-        seconds = max(self._last - self._began, 1e-9)
-        values = {f"loss/{name}": total / self._steps for name, total in self._sums.items()}
-        values["clips_per_second"] = self._steps * self._clips_per_step / seconds
-        values["data_wait_share"] = self._waited / seconds
-        self._sums, self._steps, self._waited = {}, 0, 0.0
-        self._began = self._last
-        return values
-
-
-def _new_state(config: TrainConfig, num_instances: int, device: torch.device) -> TrainState:
-    generator = torch.Generator().manual_seed(config.seed)
-    model = AVModel(config.model.video_depth, config.model.projection, generator).to(device)
-    settings = config.optimizer
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(settings.milestones), settings.gamma)
-    bank = MemoryBank(num_instances, config.model.projection[-1], config.memory.momentum, config.seed, device=device)
-    criterion = AVIDLoss(
-        bank, config.loss.num_negatives, config.loss.temperature, config.loss.cross, config.loss.within
-    )
-    return TrainState(model, optimizer, schedule, criterion)
-
-
-def _save(root: Storage, state: TrainState, config: TrainConfig, clips: TrainingData) -> str:
-    trainer_state: dict[str, Any] = {
-        "optimizer": state.optimizer.state_dict(),
-        "schedule": state.schedule.state_dict(),
-        "criterion": state.criterion.state_dict(),
-    }
-    return save_checkpoint(
-        root,
-        stream=StreamState(clips.fingerprint, config.seed, state.epoch, state.step),
-        config=config,
-        statistics=clips.statistics,
-        model=state.model,
-        trainer_state=trainer_state,
-        bank=state.criterion.bank,
-    )
-
-
-def _restore(root: Storage, state: TrainState, config: TrainConfig, clips: TrainingData) -> None:
-    name = latest_checkpoint(root)
-    if name is None:
+def _resample_positives(run: Run) -> None:
+    """New positives for AVID+CMA at the beginning of every so many epochs; the run itself began with the first."""
+    agreement, state = run.config.agreement, run.state
+    at_beginning = state.step == state.epoch * run.steps_per_epoch
+    if agreement is None or state.step == 0 or not at_beginning or state.epoch % agreement.resample_every:
         return
-    record = read_record(root)
-    stream = StreamState.from_dict(record.stream)
-    changed = changed_settings(record.config, config.model_dump(mode="json"))
-    if changed:
-        raise ConfigError(
-            f"{root.url_of(name)}: {'; '.join(changed)}: cannot change in a run that is resumed, so that it equals an "
-            "undisturbed one; give the settings it began with, or another --output"
-        )
-    stream.check(clips.fingerprint, config.seed)
-    restore_model(root, name, record, state.model)
-    saved = restore_trainer_state(root, name, record)
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.schedule.load_state_dict(saved["schedule"])
-    state.criterion.load_state_dict(saved["criterion"])
-    restore_bank(root, name, state.criterion.bank)
-    state.epoch, state.step = stream.epoch, stream.step
+    assert isinstance(state.criterion, AVIDCMALoss)
+    positives = search_positives(run.config, state.criterion.bank, run.log.say)
+    assert positives is not None
+    state.criterion.positives = positives
 
 
-def _device(config: TrainConfig) -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    if config.data.device == "gpu":
-        raise ConfigError("data.device: gpu, but torch finds no CUDA device; use --set data.device=cpu")
-    return torch.device("cpu")
+def _memory_values(run: Run, rows: Tensor) -> dict[str, float]:
+    """How far memories move at an update, and how often AVID+CMA's positives are of the clip's own class.
+
+    Beside the latter stands the same share for instances drawn at random.
+    """
+    criterion = run.state.criterion
+    values = {f"memory/{modality}_drift": drift for modality, drift in criterion.bank.take_drift().items()}
+    if run.labels is None or not isinstance(criterion, AVIDCMALoss):
+        return values
+    index = run.group.all_gather(rows.to(run.device))
+    positives = criterion.positives_of(index)
+    at_random = draw_negatives(
+        index, positives.shape[1], criterion.bank.num_instances, seed=run.config.seed, step=run.state.step
+    )
+    shares = {"purity": run.labels.purity(index, positives), "purity_at_random": run.labels.purity(index, at_random)}
+    return values | {f"positives/class_{name}": share for name, share in shares.items() if share is not None}
 
 
-def _wrap(model: AVModel, device: torch.device) -> torch.nn.Module:
-    if not (dist.is_available() and dist.is_initialized()):
-        return model
-    return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index])
+def _save(run: Run) -> None:
+    name = save_state(run.root, run.state, run.config, run.clips)
+    run.log.say(f"checkpoint {run.root.url_of(name)}" + (" (stopped by SIGTERM)" if run.state.stopped else ""))
+    run.log.publish()
 
 
-def _summary(
-    config: TrainConfig,
-    clips: TrainingData,
-    device: torch.device,
-    group: RankGroup,
-    total_steps: int,
-    state: TrainState,
-) -> str:
+def _summary(run: Run) -> str:
+    config, state = run.config, run.state
+    method = "AVID" if config.agreement is None else "AVID+CMA"
     begin = f"from step {state.step}" if state.step else "from the start"
     return (
-        f"training {begin} to step {total_steps}: {clips.num_instances:,} instances, "
-        f"batch {config.data.batch_size}, {config.epochs} epochs, R(2+1)D-{config.model.video_depth}, "
-        f"{group.size} process(es) on {device.type}"
+        f"training {method} {begin} to step {run.steps_per_epoch * config.epochs}: {run.clips.num_instances:,} "
+        f"instances, batch {config.data.batch_size}, {config.epochs} epochs, R(2+1)D-{config.model.video_depth}, "
+        f"{run.group.size} process(es) on {run.device.type}"
     )

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Literal, TypeVar
@@ -86,7 +86,7 @@ class ClipLoader:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[ClipBatch]:
+    def __iter__(self) -> Generator[ClipBatch, None, None]:
         """Yield the batches.
 
         Raises:

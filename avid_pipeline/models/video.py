@@ -122,8 +122,22 @@ class R2Plus1D(nn.Module):
         return features
 
 
+class _Convolution(nn.Conv3d):
+    """A convolution that is right on the CPU in bfloat16 too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See :class:`torch.nn.Conv3d`."""
+        tiny = any(width > 1 and size <= 2 for width, size in zip(self.kernel_size, input.shape[2:], strict=True))
+        if tiny and input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # For such inputs (two frames, one pixel) torch 2.13's bfloat16 weight gradient is what was left in memory:
+            # infinite, NaN, another one each time.
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(input.float())
+        return super().forward(input)
+
+
 def _spatial(in_channels: int, out_channels: int, stride: int) -> nn.Conv3d:
-    return nn.Conv3d(
+    return _Convolution(
         in_channels,
         out_channels,
         kernel_size=(1, 3, 3),
@@ -134,7 +148,7 @@ def _spatial(in_channels: int, out_channels: int, stride: int) -> nn.Conv3d:
 
 
 def _temporal(channels: int, stride: int) -> nn.Conv3d:
-    return nn.Conv3d(channels, channels, kernel_size=(3, 1, 1), stride=(stride, 1, 1), padding=(1, 0, 0), bias=False)
+    return _Convolution(channels, channels, kernel_size=(3, 1, 1), stride=(stride, 1, 1), padding=(1, 0, 0), bias=False)
 
 
 def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:

@@ -81,8 +81,9 @@ class EpochPlan:
     def rank_batch(self, step: int, rank: int, world_size: int) -> Batch:
         """A rank's equal share of the global batch at a step.
 
-        A rank keeps reading the same streams; only where a pass ends within a batch may single visits move to
-        another rank.
+        Every visit has a slot of the batch, and ranks have equal ranges of slots, in their order: so what lies side by
+        side on one rank does so on neighbouring ranks. A slot keeps reading the same streams; only where a pass ends
+        within a batch may single visits move to another.
 
         Raises:
             PlanError: the epoch has no such step, there is no such rank, or :meth:`check_world_size` fails.
@@ -90,7 +91,9 @@ class EpochPlan:
         self._check_rank(rank, world_size)
         places = self._places(step)
         streams = places % len(self._line) % self.num_streams
-        return self._look_up(places[_divide(streams % world_size, world_size) == rank])
+        slots = _one_each(streams % self.global_batch_size)
+        share = self.global_batch_size // world_size
+        return self._look_up(places[np.argsort(slots)[rank * share : (rank + 1) * share]])
 
     def rank_batches(self, rank: int, world_size: int, first: int = 0) -> Sequence[Batch]:
         """A rank's shares of all global batches from step ``first`` on, each made when it is asked for.
@@ -316,21 +319,17 @@ def _separate(visits: IntArray, blocks: int, generator: np.random.Generator) -> 
                 visits[moved], visits[other] = visits[other], visits[moved]
 
 
-def _divide(wanted: IntArray, world_size: int) -> IntArray:
-    """Rank of each entry: the wanted one, save that every rank gets equally many.
+def _one_each(wanted: IntArray) -> IntArray:
+    """Slot of each entry: the wanted one, save that no two have the same.
 
-    Entries beyond a rank's share go, in order, to the ranks that lack some.
+    Where several want one slot, the first has it, and the others go, in order, to the slots that nobody wants.
     """
-    share = len(wanted) // world_size
-    counts = np.bincount(wanted, minlength=world_size)
-    if (counts == share).all():
-        return wanted
-    by_rank = np.argsort(wanted, kind="stable")
-    number_within = np.arange(len(wanted)) - np.repeat(np.cumsum(counts) - counts, counts)
-    ranks = wanted.copy()
-    surplus = np.sort(by_rank[number_within >= share])
-    ranks[surplus] = np.repeat(np.arange(world_size), np.maximum(share - counts, 0))
-    return ranks
+    first = np.unique(wanted, return_index=True)[1]
+    slots = wanted.copy()
+    moved = np.ones(len(wanted), dtype=bool)
+    moved[first] = False
+    slots[moved] = np.setdiff1d(np.arange(len(wanted)), wanted)
+    return slots
 
 
 def _smallest_type(largest: int) -> type[np.integer]:

@@ -13,8 +13,9 @@ cause                     in the picture                   in the sound
 ========================  ===============================  =================================================
 
 The first two make the class. The other five are continuous and the instance's own, so that instances of one class
-differ, and so that what a model learned from some instances lets it match picture and sound of others. All show in
-any half second of picture and in any two seconds of sound.
+differ, and so that what a model learned from some instances lets it match picture and sound of others. As in the world,
+classes have their tendencies: every shape has its own third of the range of ``colour``, and every motion its own of
+``backdrop``. All show in any half second of picture and in any two seconds of sound.
 """
 
 from dataclasses import dataclass
@@ -93,9 +94,10 @@ def keyed_generator(
 
 
 def sample_causes(seed: int, instance: int) -> HiddenCauses:
-    """Hidden causes of an instance. Classes take turns; the continuous causes are uniform and independent."""
+    """Hidden causes of an instance. Classes take turns; in a class, continuous causes are uniform and independent."""
     motion, shape = divmod(instance % len(CLASS_NAMES), len(SHAPES))
-    colour, backdrop, tempo, size, grain, phase = keyed_generator(seed, instance, "causes").random(6)
+    in_shape, in_motion, tempo, size, grain, phase = keyed_generator(seed, instance, "causes").random(6)
+    colour, backdrop = (shape + in_shape) / len(SHAPES), (motion + in_motion) / len(MOTIONS)
     return HiddenCauses(
         shape=SHAPES[shape],
         motion=MOTIONS[motion],

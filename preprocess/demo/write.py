@@ -29,7 +29,7 @@ __all__ = ["SECONDS", "DemoSummary", "demo_names", "write_demo"]
 SECONDS: Final = 3.0
 _MARKER: Final = "demo.json"
 _ID_LETTERS: Final = string.ascii_letters + string.digits
-_VERSION: Final = 1
+_VERSION: Final = 2
 
 
 @dataclass(frozen=True)

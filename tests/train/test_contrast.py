@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from avid_pipeline.train import memory_bank
 from avid_pipeline.train.contrast import Contrast, contrastive_loss
-from avid_pipeline.train.memory_bank import MemoryBank
+from avid_pipeline.train.memory_bank import MemoryBank, OwnedCandidates
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "criteria.npz"
 
@@ -104,6 +104,28 @@ def test_golden_instance_and_positive_terms() -> None:
     for modality, embedding in zip(("video", "audio"), embeddings, strict=True):
         expected = numbers[f"cma_{modality}_grad"]
         torch.testing.assert_close(embedding.grad, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("start", [0, 7, 30])
+def test_any_rows_of_the_bank_score_their_candidates_alone(start: int) -> None:
+    # What ranks would own, taken together: packed candidates must give what the whole table gives.
+    bank = MemoryBank(30, 6)
+    candidates, queries = example_candidates(4, 30), unit(4, 2, 6).requires_grad_()
+    whole = contrastive_loss(
+        bank, queries, queries.detach(), bank.find_owned(candidates), CONTRASTS, temperature=0.3, partition_function=2.0
+    )[1]
+    parts = torch.zeros_like(whole)
+    for rows in (range(start), range(start, 30)):
+        packed, columns = torch.zeros(4, 24, dtype=torch.int64), torch.full((4, 24), 24)
+        for query, row in enumerate(candidates.tolist()):
+            owned = [column for column, instance in enumerate(row) if instance in rows]
+            packed[query, : len(owned)] = candidates[query, owned]
+            columns[query, : len(owned)] = torch.tensor(owned, dtype=torch.int64)
+        part = OwnedCandidates(packed, columns, 24)
+        parts += contrastive_loss(
+            bank, queries, queries.detach(), part, CONTRASTS, temperature=0.3, partition_function=2.0
+        )[1]
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)
 
 
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]

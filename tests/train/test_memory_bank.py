@@ -1,5 +1,6 @@
 """The memory bank in one process; test_sharded.py divides it over ranks."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from avid_pipeline.errors import ConfigError
 from avid_pipeline.train import memory_bank
-from avid_pipeline.train.memory_bank import MemoryBank
+from avid_pipeline.train.memory_bank import MODALITIES, MemoryBank, Modality
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "criteria.npz"
 
@@ -98,6 +99,28 @@ def test_last_occurrence_of_an_instance_updates_its_row(index: list[int]) -> Non
     expected.update(torch.tensor(index)[last], embeddings[last])
     assert torch.equal(bank.full()[0], expected.full()[0])
     assert torch.equal(bank.full()[1], expected.full()[1])
+
+
+def test_drift_is_the_mean_turn_of_updated_rows() -> None:
+    bank = MemoryBank(20, 8, momentum=0.6)
+    assert all(math.isnan(drift) for drift in bank.take_drift().values())
+    turns: dict[Modality, list[Tensor]] = {"video": [], "audio": []}
+    for step, index in enumerate(([3, 19, 0], [5, 3, 5])):  # Row 5 is updated once, by its last occurrence.
+        before = bank.full()
+        bank.update(torch.tensor(index), unit(3, 2, 8, seed=step))
+        rows = sorted(set(index))
+        for modality, old, new in zip(MODALITIES, before, bank.full(), strict=True):
+            turns[modality].append(1 - (old[rows] * new[rows]).sum(dim=1))
+    expected = {modality: torch.cat(values).mean().item() for modality, values in turns.items()}
+    assert len(torch.cat(turns["video"])) == 5
+    assert bank.take_drift() == pytest.approx(expected, rel=1e-4)
+    assert 0.01 < expected["video"] != expected["audio"]
+    assert all(math.isnan(drift) for drift in bank.take_drift().values())
+    memories = torch.stack(bank.full(), dim=1)
+    bank.update(torch.arange(20), memories)
+    assert bank.take_drift() == pytest.approx({"video": 0, "audio": 0}, abs=1e-6)
+    bank.update(torch.arange(20), -memories[:, :, [1, 0, 3, 2, 5, 4, 7, 6]])
+    assert bank.take_drift()["video"] > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

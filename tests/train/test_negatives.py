@@ -77,6 +77,73 @@ def test_all_other_instances_are_equally_likely(num_instances: int) -> None:
             assert abs(chi_square(counts)) < 5
 
 
+@given(
+    num_instances=st.integers(3, 60) | st.integers(2**40, 2**50),
+    num_negatives=st.integers(1, 40),
+    seed=st.integers(0, 2**63),
+    data=st.data(),
+)
+def test_place_among_the_instances_that_are_left(
+    num_instances: int, num_negatives: int, seed: int, data: st.DataObject
+) -> None:
+    width = data.draw(st.integers(1, min(8, num_instances - 2)))
+    instances = st.integers(0, num_instances - 1) | st.integers(0, min(12, num_instances - 1))
+    index = torch.tensor([data.draw(instances)])
+    positives = torch.tensor([data.draw(st.lists(instances, min_size=width, max_size=width))])
+    negatives = draw_negatives(index, num_negatives, num_instances, seed=seed, step=2, positives=positives)
+    assert negatives.dtype == torch.int64
+    assert negatives.shape == (1, num_negatives)
+    excluded = sorted({*index.tolist(), *positives[0].tolist()})
+    expected = []
+    for k in range(num_negatives):
+        increment = 0x9E3779B97F4A7C15
+        state = split_mix((int(index) * increment + derive_key(seed, "negatives", 2)) & WORD)
+        place = (split_mix((state + (k + 1) * increment) & WORD) >> 1) % (num_instances - len(excluded))
+        for instance in excluded:  # One step to the right for each that lies at or before the place so far.
+            place += place >= instance
+        expected.append(place)
+    assert negatives[0].tolist() == expected
+    assert not set(excluded) & set(expected)
+    assert 0 <= min(expected) <= max(expected) < num_instances
+
+
+@pytest.mark.parametrize(("num_instances", "width"), [(3, 1), (40, 7), (64, 32), (34, 32), (1001, 20)])
+def test_all_instances_but_the_positives_are_equally_likely(num_instances: int, width: int) -> None:
+    keys = torch.rand(num_instances, num_instances, generator=torch.Generator().manual_seed(0))
+    order = keys.fill_diagonal_(-1).argsort(dim=1)  # Each instance first in its own row.
+    index, positives = order[:, 0], order[:, 1 : 1 + width]
+    left = num_instances - width - 1
+    num_negatives = 100 * left if num_instances < 100 else 2000
+    negatives = draw_negatives(index, num_negatives, num_instances, seed=3, step=5, positives=positives)
+    is_left = torch.ones(num_instances, num_instances, dtype=torch.bool).scatter_(1, order[:, : 1 + width], False)
+    counts = torch.zeros(num_instances, num_instances, dtype=torch.int64)
+    counts.scatter_add_(1, negatives, torch.ones_like(negatives))
+    assert (counts[~is_left] == 0).all()
+    if left > 1:
+        # Uniform for every instance by itself, and in the order of what is left.
+        places = is_left.cumsum(dim=1).gather(1, negatives) - 1
+        assert abs(chi_square(counts[is_left].numpy())) < 5
+        assert abs(chi_square(np.bincount(places.flatten().numpy(), minlength=left))) < 5
+
+
+def test_positives_in_any_order_and_repeated_exclude_the_same() -> None:
+    index = torch.tensor([5, 9])
+    positives = torch.tensor([[3, 8, 3, 1], [2, 9, 0, 2]])
+    other = torch.tensor([[1, 3, 8, 8], [0, 0, 2, 2]])
+    one, another = (draw_negatives(index, 64, 12, seed=1, step=0, positives=rows) for rows in (positives, other))
+    assert torch.equal(one, another)
+    assert set(one[0].tolist()) == {0, 2, 4, 6, 7, 9, 10, 11}
+    assert set(one[1].tolist()) == set(range(12)) - {9, 0, 2}
+    both = torch.cat([index, index.flip(0)]), torch.cat([positives, positives.flip(0)])
+    again = draw_negatives(both[0], 64, 12, seed=1, step=0, positives=both[1])
+    assert torch.equal(again, torch.cat([one, one.flip(0)]))
+
+
+def test_positives_that_leave_no_negatives() -> None:
+    with pytest.raises(ConfigError, match="3 positives leave no negatives among 4 instances; use at most 2"):
+        draw_negatives(torch.tensor([0]), 4, 4, seed=0, step=0, positives=torch.tensor([[1, 2, 3]]))
+
+
 def test_steps_seeds_and_instances_are_unrelated() -> None:
     num_instances, index = 50, torch.arange(40)
     streams = [draw_negatives(index, 500, num_instances, seed=seed, step=s) for seed in (0, 1) for s in (0, 1)]
