@@ -26,7 +26,7 @@ from avid_pipeline.preprocess.sources.kinetics import list_kinetics
 from avid_pipeline.shards_spec.manifest import Parameters, VideoParameters
 from avid_pipeline.train.config import TrainConfig
 from avid_pipeline.train.data import TrainingData
-from avid_pipeline.train.state import distribute, make_bank, make_model, make_state
+from avid_pipeline.train.state import distribute, divide_batch, make_bank, make_model, make_state
 from avid_pipeline.train.step import train_step
 from avid_pipeline.train.trainer import train
 
@@ -87,7 +87,8 @@ def bare_loop(config: TrainConfig, batches: list[ClipBatch]) -> float:
     device = torch.device("cpu")
     model, bank = make_model(config, device), make_bank(config, 10_000, device)
     state = make_state(config, model, bank, None)
-    network = distribute(model, config, device, bank.group).train()
+    divide_batch(model, config, bank.group)
+    network = distribute(model, config, device).train()
     train_step(network, state, batches[0], batches[0]["index"], config, device, config.optimizer.learning_rate)
     began = time.perf_counter()
     for batch in batches:

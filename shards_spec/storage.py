@@ -236,6 +236,7 @@ class Storage:
                     file.flush()
                     os.fsync(file.fileno())
                 partial.replace(target)
+                _sync_folder(target.parent)
             finally:
                 partial.unlink(missing_ok=True)
         except (OSError, BaseError) as error:
@@ -270,6 +271,15 @@ class Storage:
         if isinstance(error, FileNotFoundError):
             return StorageError(f"{self.url_of(name)}: does not exist; check the root URL and the name")
         return StorageError(f"{self.url_of(name)}: cannot {action}: {_first_line(error)}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """What was renamed in a folder is still so after a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _first_line(error: Exception) -> str:

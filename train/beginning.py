@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 from torch import Tensor
 
 from avid_pipeline.errors import ConfigError
 from avid_pipeline.models import AVModel
+from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
 from avid_pipeline.train.agreement import find_positives
 from avid_pipeline.train.config import TrainConfig
 from avid_pipeline.train.data import TrainingData
@@ -54,12 +56,9 @@ def begin_state(
     partition_function = None
     if config.start_from is not None:
         start = open_starting_point(config.start_from, options)
-        _check_instances(start, config, clips, warn)
-        start.load_model(model)
+        partition_function = _take_up(start, config, clips, model, bank, warn)
         say(f"starting from {start.source}")
-        if _memory_init(config) == "checkpoint":
-            start.load_bank(bank)
-            partition_function = start.partition_function
+        del start  # a published file holds the memories of all ranks
     if _memory_init(config) == "forward":
         say(f"one pass over {clips.num_instances:,} instances for the first memories")
         fill_memory(model, bank, clips, config, lambda failure: warn(failure.reason))
@@ -81,6 +80,34 @@ def search_positives(config: TrainConfig, bank: MemoryBank, say: Callable[[str],
     return find_positives(video, audio, settings.num_positives, settings.kind, sharded=True)
 
 
+def _take_up(
+    start: StartingPoint,
+    config: TrainConfig,
+    clips: TrainingData,
+    model: AVModel,
+    bank: MemoryBank,
+    warn: Callable[[str], object],
+) -> float | None:
+    """Load what the run takes from a checkpoint; its partition function, if the memories are taken too."""
+    _check_instances(start, config, clips, warn)
+    if start.statistics is not None and not _alike(start.statistics, clips.statistics):
+        apart = np.abs(np.subtract(start.statistics.mean, clips.statistics.mean)).max()
+        warn(
+            f"{start.source}: was trained on sound normalised with other statistics than these data have (means up to "
+            f"{apart:.1f} dB apart); the run goes on with those of the data"
+        )
+    start.load_model(model)
+    if _memory_init(config) != "checkpoint":
+        return None
+    start.load_bank(bank)
+    return start.partition_function
+
+
+def _alike(ours: SpectrogramStatistics, theirs: SpectrogramStatistics) -> bool:
+    """Whether sound looks much the same normalised with either."""
+    return np.allclose(ours.mean, theirs.mean, atol=1.0) and np.allclose(ours.std, theirs.std, rtol=0.1)
+
+
 def _memory_init(config: TrainConfig) -> str:
     return config.memory.init or ("random" if config.start_from is None else "checkpoint")
 
@@ -96,9 +123,9 @@ def _check_instances(
             f"{start.source} does not say which instance each row of its memory bank belongs to: they are "
             "taken in the order of these data. Where that is not its authors' order, use --set memory.init=forward"
         )
-    elif start.fingerprint != clips.fingerprint:
+    elif (start.fingerprint, start.subset) != (clips.fingerprint, config.data.subset):
         raise ConfigError(
-            f"{start.source}: its memory bank is of other data (manifest {start.fingerprint}) than these "
-            f"({clips.fingerprint}), so its rows belong to other instances; give the data it was trained on, or "
-            "--set memory.init=forward to fill the bank anew"
+            f"{start.source}: its memory bank is of other data (manifest {start.fingerprint}, subset {start.subset}) "
+            f"than these ({clips.fingerprint}, subset {config.data.subset}), so its rows belong to other instances; "
+            "give the data it was trained on, or --set memory.init=forward to fill the bank anew"
         )

@@ -123,6 +123,12 @@ def save_checkpoint(
 
     def write_parts() -> dict[str, str]:
         weights = model.state_dict() if model_state is None else model_state
+        metadata = file_of(name, f"{BANK_NAME}/zarr.json")
+        if not root.exists(metadata):
+            raise StorageError(
+                f"{root.url_of(metadata)}: written by rank 0, but rank {group.rank} does not see it; --output must be "
+                "storage that all machines share, or a URL"
+            )
         sha256 = write_files(root, name, weights, trainer_state) if group.rank == 0 else {}
         write_bank(root, file_of(name, BANK_NAME), bank, positives)
         return sha256
@@ -230,7 +236,7 @@ def resume_newest(
         root: of the run.
         group: the ranks.
         attempt: restores everything from a checkpoint, given its name and record; called again with an earlier one
-            when it raises CheckpointError or StorageError on any rank. It must not wait for other ranks.
+            when it raises CheckpointError on any rank. It must not wait for other ranks.
         warn: called on the first rank with every reason to fall back.
 
     Returns:
@@ -238,7 +244,8 @@ def resume_newest(
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole; the message is about the newest.
-        AvidPipelineError: on all ranks, if ``attempt`` raised any other error of ours on one.
+        AvidPipelineError: on all ranks, if ``attempt`` raised any other error of ours on one; so does what cannot be
+            read now but is there, for it may be whole.
     """
     named, complete = run_together(group, lambda: (named_latest(root), list_checkpoints(root)))[0]
     candidates = [name for name in complete if name == named] + [name for name in reversed(complete) if name != named]
@@ -253,7 +260,7 @@ def resume_newest(
             damaged = candidates[:place]
             run_together(group, lambda: _make_latest(root, name, damaged) if group.rank == 0 else None)  # noqa: B023
             return name
-        if not issubclass(failure.kind, (CheckpointError, StorageError)):
+        if not issubclass(failure.kind, CheckpointError):
             raise failure.kind(failure.reason)
         reasons.append(failure.reason)
     if reasons:

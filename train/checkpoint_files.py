@@ -81,10 +81,13 @@ def read_checked(root: Storage, name: str, file: str, record: CheckpointRecord) 
 
     Raises:
         CheckpointError: it is missing or damaged.
+        StorageError: it is there and cannot be read now.
     """
     try:
         data = root.read(file_of(name, file))
     except StorageError as error:
+        if root.exists(file_of(name, file)):
+            raise
         raise CheckpointError(str(error)) from error
     if hashlib.sha256(data).hexdigest() != record.sha256.get(file):
         raise CheckpointError(

@@ -147,11 +147,14 @@ def read_record(folder: Storage, name: str | None = None) -> CheckpointRecord:
 
     Raises:
         CheckpointError: there is none, or it is damaged.
+        StorageError: it is there and cannot be read now.
     """
     file = file_of(locate_checkpoint(folder) if name is None else name, RECORD_NAME)
     try:
         data = folder.read(file)
     except StorageError as error:
+        if folder.exists(file):
+            raise
         raise CheckpointError(f"{error} (expected a finished checkpoint or run folder)") from error
     return _parse(data, folder.url_of(file))
 

@@ -4,11 +4,11 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 import torch.distributed as dist
 
+from avid_pipeline.collectives import RankGroup
 from avid_pipeline.config import load_config
 from avid_pipeline.shards_spec.command_line import FriendlyCommand, FriendlyGroup, storage_option
 from avid_pipeline.train.config import TrainConfig
@@ -77,16 +77,15 @@ def run(
     if start_from is not None:
         overrides += (f"start_from={json.dumps(start_from)}",)
     settings = load_config(config, TrainConfig, overrides)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    arguments: dict[str, Any] = {"from_scratch": from_scratch, "options": storage_option}
     in_group = in_process_group()
     if in_group:
         join_process_group()
-    try:
-        state = train(settings, data, output, resume=resume or restarted, **arguments)
-    finally:
-        if in_group:
-            dist.destroy_process_group()
+    # Every machine's torchrun counts the restarts of its own workers: all ranks must resume, or none.
+    restarted = RankGroup().any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
+    state = train(settings, data, output, resume=resume or restarted, from_scratch=from_scratch, options=storage_option)
+    # After an error, the others may wait in a collective that this would wait for.
+    if in_group:
+        dist.destroy_process_group()
     if state.stopped:
         sys.exit(_STOPPED)
 

@@ -105,7 +105,7 @@ class TrainingData:
         substitutes = Substitutes(epoch_plan, self._instances, config.seed, epoch, first)
         return ClipLoader(
             self.reader,
-            epoch_plan.rank_batches(rank, world_size, first),
+            epoch_plan.rank_batches(rank, world_size, first, config.compute.accumulate),
             self._clip,
             TrainingChoice(config.seed, epoch, config.augmentation),
             device=config.data.device,

@@ -19,8 +19,12 @@ class Meter:
         self._waited = 0.0
         self._began = self._last = time.perf_counter()
 
+    def waiting_begins(self) -> None:
+        """All else of the last step is done: from now on it is the data that is waited for."""
+        self._last = time.perf_counter()
+
     def data_arrived(self) -> None:
-        """A batch is here: what passed since the last step was waiting."""
+        """A batch is here: what passed since :meth:`waiting_begins` was waiting."""
         self._waited += time.perf_counter() - self._last
 
     def step_done(self, values: dict[str, float]) -> None:

@@ -10,7 +10,7 @@ import safetensors.torch
 from avid_pipeline import __version__
 from avid_pipeline.errors import CheckpointError, ConfigError
 from avid_pipeline.models import load_pretrained
-from avid_pipeline.models.pretrained import LATEST_NAME, import_published, is_checkpoint_file
+from avid_pipeline.models.pretrained import LATEST_NAME, WEIGHTS_NAME, import_published, is_checkpoint_file
 from avid_pipeline.models.state_dict import model_from_state
 from avid_pipeline.row_ranges import rows_per_chunk
 from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
@@ -27,6 +27,7 @@ from avid_pipeline.train.checkpoint_files import (
 from avid_pipeline.train.checkpoint_record import (
     BANK_NAME,
     RECORD_NAME,
+    TRAINER_NAME,
     CheckpointRecord,
     has_record,
     locate_checkpoint,
@@ -75,6 +76,10 @@ def import_published_checkpoint(path_or_url: str, output: str, options: Mapping[
     if has_record(root):
         taken = RECORD_NAME if root.exists(RECORD_NAME) else LATEST_NAME
         raise CheckpointError(f"{root.url_of(taken)}: a checkpoint is here already; give another output")
+    others = [name for name in (WEIGHTS_NAME, TRAINER_NAME) if root.exists(name)]
+    # An import that was cut short has begun with the bank; without one these are somebody's own.
+    if others and not root.exists(f"{BANK_NAME}/zarr.json"):
+        raise CheckpointError(f"{root.url_of(others[0])}: is here already; give another output")
     clear_folder(root, "")
     layout = BankLayout(num_instances, dim, rows_per_chunk(num_instances, 1))
     layout.write_metadata(root, BANK_NAME)

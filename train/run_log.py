@@ -110,7 +110,7 @@ class RunLog:
     def _fetch(self) -> None:
         """A run that goes on on another machine goes on in its logs."""
         for name in (METRICS_NAME, "train.log"):
-            if self._copy_to is not None and not (self.folder / name).exists() and self._copy_to.exists(name):
+            if self._copy_to is not None and self._copy_to.exists(name):
                 (self.folder / name).write_bytes(self._copy_to.read(name))
 
     def __enter__(self) -> "RunLog":
@@ -121,6 +121,8 @@ class RunLog:
     ) -> None:
         if self._quiet:
             return
+        if error is not None:
+            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ended by {type(error).__name__}: {error}\n")
         for part in (self._bar, self._board, self._metrics, self._text):
             if part is not None:
                 part.close()

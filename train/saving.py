@@ -22,6 +22,7 @@ from avid_pipeline.train.checkpoint import (
     resume_newest,
     save_checkpoint,
 )
+from avid_pipeline.train.checkpoint_record import BANK_NAME
 from avid_pipeline.train.config import TrainConfig, changed_settings
 from avid_pipeline.train.data import TrainingData
 from avid_pipeline.train.memory_bank import MemoryBank
@@ -39,7 +40,13 @@ def save_state(root: Storage, state: TrainState, config: TrainConfig, clips: Tra
 
     Raises:
         StorageError: the root cannot be written.
+        ConfigError: the weights are not finite.
     """
+    if not all(bool(parameter.isfinite().all()) for parameter in state.model.parameters()):
+        raise ConfigError(
+            f"the weights hold NaN or infinite numbers after step {state.step}: not saved; lower "
+            "optimizer.learning_rate or set optimizer.clip_gradients, and go on from the newest checkpoint"
+        )
     bank = state.criterion.bank
     trainer_state: dict[str, Any] = {
         "optimizer": state.optimizer.state_dict(),
@@ -98,7 +105,14 @@ def resume_state(
         restore_model(root, name, record, model)
         trainer = restore_trainer_state(root, name, record)
         restore_bank(root, name, bank)
-        found[:] = [_Restored(stream, trainer, restore_positives(root, name, bank) if config.agreement else None)]
+        positives = restore_positives(root, name, bank)
+        expected = None if config.agreement is None else config.agreement.num_positives
+        if (None if positives is None else positives.shape[1]) != expected:
+            raise CheckpointError(
+                f"{root.url_of(name)}/{BANK_NAME}: expected {expected} positives of each instance, found "
+                f"{None if positives is None else positives.shape[1]}; the file is damaged, use an earlier checkpoint"
+            )
+        found[:] = [_Restored(stream, trainer, positives)]
 
     if resume_newest(root, bank.group, attempt, warn) is None:
         return None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from avid_pipeline.errors import CheckpointError, StorageError
 from avid_pipeline.models.pretrained import WEIGHTS_NAME, PublishedCheckpoint, import_published, is_checkpoint_file
+from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
 from avid_pipeline.shards_spec.storage import Storage, open_storage
 from avid_pipeline.streams.state import StreamState
 from avid_pipeline.train.bank_snapshot import snapshot_shape
@@ -23,6 +24,7 @@ from avid_pipeline.train.checkpoint_record import (
     read_record,
 )
 from avid_pipeline.train.memory_bank import MemoryBank
+from avid_pipeline.train.published import published_statistics
 
 __all__ = ["StartingPoint", "open_starting_point"]
 
@@ -37,6 +39,8 @@ class Origin:
         seed: of that run, if known.
         epoch: epochs it was trained for, if known.
         step: steps it was trained for, if known.
+        subset: of the data that it was trained on; None for all.
+        statistics: of spectrograms, that sound was normalised with; None where they are not known.
         num_instances: N, rows of its memory bank.
         dim: D, their length.
         partition_function: Z of its loss; None if it has seen no batch.
@@ -47,6 +51,8 @@ class Origin:
     seed: int | None
     epoch: int | None
     step: int | None
+    subset: str | None
+    statistics: SpectrogramStatistics | None
     num_instances: int
     dim: int
     partition_function: float | None
@@ -62,6 +68,8 @@ class StartingPoint(ABC):
         self.seed = origin.seed
         self.epoch = origin.epoch
         self.step = origin.step
+        self.subset = origin.subset
+        self.statistics = origin.statistics
         self.num_instances: int | None = origin.num_instances
         self.dim = origin.dim
         self.partition_function = origin.partition_function
@@ -130,6 +138,8 @@ class _PublishedStart(StartingPoint):
                 seed=None,
                 epoch=content.epoch,
                 step=None,
+                subset=None,
+                statistics=published_statistics(),
                 num_instances=num_instances,
                 dim=dim,
                 partition_function=content.partition_function,
@@ -164,6 +174,8 @@ class _FolderStart(StartingPoint):
                 seed=None if stream is None else stream.seed,
                 epoch=None if stream is None else stream.epoch,
                 step=None if stream is None else stream.step,
+                subset=(record.config or {}).get("data", {}).get("subset"),
+                statistics=record.spectrogram_statistics,
                 num_instances=num_instances,
                 dim=dim,
                 partition_function=_partition_function(root, name, record),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from avid_pipeline.train.losses import AVIDCMALoss, AVIDLoss
 from avid_pipeline.train.memory_bank import MemoryBank
 from avid_pipeline.train.optimisation import make_optimizer
 
-__all__ = ["TrainState", "choose_device", "distribute", "make_bank", "make_criterion", "make_model"]
+__all__ = ["TrainState", "choose_device", "distribute", "divide_batch", "make_bank", "make_criterion", "make_model"]
 
 
 @dataclass
@@ -101,8 +102,8 @@ def make_state(config: TrainConfig, model: AVModel, bank: MemoryBank, positives:
     return TrainState(model, optimizer, make_criterion(config, bank, positives))
 
 
-def distribute(model: AVModel, config: TrainConfig, device: torch.device, group: RankGroup) -> nn.Module:
-    """Make a model ready for training in this process group; to be called when its weights are in place.
+def divide_batch(model: AVModel, config: TrainConfig, group: RankGroup) -> None:
+    """Let the model's batch norm take the clips together that the configuration says, however many ranks there are.
 
     Raises:
         ConfigError: the batch cannot be divided over ranks, parts or batch norm groups.
@@ -115,10 +116,17 @@ def distribute(model: AVModel, config: TrainConfig, device: torch.device, group:
         )
     clips, most = config.model.batch_norm_clips, config.data.batch_size // config.compute.accumulate
     group_batch_norms(model, clips if clips is not None and clips < most else None, config.data.batch_size // parts)
+
+
+def distribute(model: AVModel, config: TrainConfig, device: torch.device) -> nn.Module:
+    """Make a model ready for training in this process group; to be called when its weights are in place."""
     if config.compute.compile:
         model.compile()
     if not (dist.is_available() and dist.is_initialized()):
         return model
     devices = None if device.type == "cpu" else [device.index]
-    # Batch norm's statistics are averaged over ranks where they are used, not sent around at every step.
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    # Batch norm's statistics are averaged over ranks where they are used, not sent around at every step. Looking for
+    # unused parameters, of which there are none, keeps DDP from rearranging its buckets after the first step: a resumed
+    # run would do that anew, and its sums would round differently.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True)

@@ -47,7 +47,8 @@ def train_step(
     videos, sounds = (
         clips.to(device, dtype, non_blocking=True).chunk(parts) for clips in (batch["video"], batch["audio"])
     )
-    indices = rows.to(device, non_blocking=True).chunk(parts)
+    # On the CPU, where the loss checks them without waiting for the GPU.
+    indices = rows.chunk(parts)
     values: dict[str, float] = {}
     state.optimizer.zero_grad(set_to_none=True)
     for part in range(parts):
@@ -81,7 +82,7 @@ def _gradients_exchanged(network: nn.Module, is_last: bool) -> AbstractContextMa
 def _finite(loss: float, step: int) -> float:
     if not math.isfinite(loss):
         raise ConfigError(
-            f"the loss became {loss} at step {step + 1}; lower optimizer.learning_rate, or look at the data with "
-            "avid-shards validate; the newest checkpoint is from before"
+            f"the loss became {loss} at step {step + 1}; lower optimizer.learning_rate, set optimizer.clip_gradients or"
+            " look at the data with avid-shards validate; to go on from an earlier checkpoint, remove those after it"
         )
     return loss

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from avid_pipeline.collectives import RankGroup
-from avid_pipeline.errors import AvidPipelineError, CheckpointError, StorageError
+from avid_pipeline.errors import AvidPipelineError, CheckpointError
 
 __all__ = ["Failure", "run_together", "try_together"]
 
@@ -62,8 +62,8 @@ def try_together(group: RankGroup, action: Callable[[], Result]) -> tuple[list[R
     failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
     if not failures:
         return [outcome.result for outcome in outcomes], None  # type: ignore[misc]
-    # What is no plain failure to read or write must not be mistaken for one.
-    first = next((each for each in failures if not _is_of_files(each)), failures[0])
+    # A damaged checkpoint is passed over, so what else went wrong must not be mistaken for one.
+    first = next((each for each in failures if not issubclass(each.kind, CheckpointError)), failures[0])
     reason = first.reason if group.size == 1 else f"rank {first.rank}: {first.reason}"
     return [], Failure(first.rank, first.kind, reason)
 
@@ -85,7 +85,3 @@ def run_together(group: RankGroup, action: Callable[[], Result]) -> list[Result]
     if failure is not None:
         raise failure.kind(failure.reason)
     return results
-
-
-def _is_of_files(failure: Failure) -> bool:
-    return issubclass(failure.kind, (CheckpointError, StorageError))

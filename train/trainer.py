@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from avid_pipeline.clips.failures import Failure
 from avid_pipeline.collectives import RankGroup
-from avid_pipeline.errors import ConfigError
+from avid_pipeline.errors import ConfigError, StorageError
 from avid_pipeline.models.batch_norm import averaged_batch_norm
 from avid_pipeline.shards_spec.storage import Storage, open_storage
 from avid_pipeline.streams.state import StreamState
@@ -26,7 +26,7 @@ from avid_pipeline.train.optimisation import learning_rate
 from avid_pipeline.train.retrieval_hook import RetrievalHook
 from avid_pipeline.train.run_log import RunLog, log_folder
 from avid_pipeline.train.saving import resume_state, save_state
-from avid_pipeline.train.state import TrainState, choose_device, distribute, make_bank, make_model
+from avid_pipeline.train.state import TrainState, choose_device, distribute, divide_batch, make_bank, make_model
 from avid_pipeline.train.step import train_step
 from avid_pipeline.train.stop_signal import StopSignal
 
@@ -115,18 +115,23 @@ def train(
     copy_to = root if root.local_root is None else None
     with RunLog(folder, group.rank > 0, copy_to) as log, StopSignal(group) as stop:
         model, bank = make_model(config, device), make_bank(config, clips.num_instances, device)
+        divide_batch(model, config, group)
         state = resume_state(root, config, clips, model, bank, log.warn) if resume else None
         if state is None:
             state = begin_state(
                 config, clips, model, bank, log.say, log.warn, from_scratch=from_scratch, options=options
             )
-        network = distribute(model, config, device, group)
+        network = distribute(model, config, device)
         classes = clips.manifest.classes
         labels = LabelTable(bank.rows, len(classes), group) if config.agreement is not None and classes else None
         steps = first_epoch.num_batches
         run = Run(config, clips, root, device, log, stop, state, network, steps, labels, retrieval)
         log.begin(steps * config.epochs, state.step)
         log.say(_summary(run))
+        if state.step == 0 and (config.agreement is not None or config.memory.init == "forward"):
+            # Hours of preparation, where the data are large.
+            state.stopped = stop.on_any_rank()
+            _save(run)
         while state.epoch < config.epochs and not state.stopped:
             _train_epoch(run)
         if group.rank == 0:
@@ -164,6 +169,7 @@ def _train_epoch(run: Run) -> None:
                 if state.stopped:
                     return
                 meter.pause()
+            meter.waiting_begins()
     state.epoch += 1
     _finish_epoch(run)
 
@@ -172,15 +178,15 @@ def _finish_epoch(run: Run) -> None:
     config, state = run.config, run.state
     final = state.epoch == config.epochs
     state.stopped &= not final
-    evaluation = config.evaluation
-    if evaluation is not None and (final or state.epoch % evaluation.every == 0) and not state.stopped:
+    evaluation, steps = config.evaluation, config.checkpoint.every_steps
+    evaluated = evaluation is not None and (final or state.epoch % evaluation.every == 0)
+    due = state.epoch % config.checkpoint.every_epochs == 0 or (steps is not None and state.step % steps == 0)
+    if due or final or evaluated or state.stopped:
+        _save(run)
+    if evaluated and not state.stopped:
         assert run.retrieval is not None
         with averaged_batch_norm(state.model, run.group):
             run.log.metrics(state.step, state.epoch - 1, run.retrieval.run(state.model, run.group, run.warn))
-    steps = config.checkpoint.every_steps
-    due = state.epoch % config.checkpoint.every_epochs == 0 or (steps is not None and state.step % steps == 0)
-    if due or final or state.stopped:
-        _save(run)
 
 
 def _resample_positives(run: Run) -> None:
@@ -216,7 +222,10 @@ def _memory_values(run: Run, rows: Tensor) -> dict[str, float]:
 def _save(run: Run) -> None:
     name = save_state(run.root, run.state, run.config, run.clips)
     run.log.say(f"checkpoint {run.root.url_of(name)}" + (" (stopped by SIGTERM)" if run.state.stopped else ""))
-    run.log.publish()
+    try:
+        run.log.publish()
+    except StorageError as error:
+        run.log.warn(f"the logs could not be copied, the checkpoint is there: {error}")
 
 
 def _summary(run: Run) -> str:

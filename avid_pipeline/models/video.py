@@ -77,7 +77,7 @@ class R2Plus1D(nn.Module):
         blocks = BLOCKS_PER_STAGE[depth]
         with unseen_by_global_generator(generator):
             self.conv1 = nn.Sequential(
-                nn.Conv3d(3, 64, kernel_size=(3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False),
+                _Convolution(3, 64, kernel_size=(3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False),
                 nn.BatchNorm3d(64),
                 nn.ReLU(inplace=True),
                 nn.MaxPool3d(kernel_size=(1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),

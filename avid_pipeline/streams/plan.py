@@ -78,12 +78,19 @@ class EpochPlan:
         """
         return self._look_up(self._places(step))
 
-    def rank_batch(self, step: int, rank: int, world_size: int) -> Batch:
+    def rank_batch(self, step: int, rank: int, world_size: int, parts: int = 1) -> Batch:
         """A rank's equal share of the global batch at a step.
 
         Every visit has a slot of the batch, and ranks have equal ranges of slots, in their order: so what lies side by
         side on one rank does so on neighbouring ranks. A slot keeps reading the same streams; only where a pass ends
         within a batch may single visits move to another.
+
+        Args:
+            step: of the epoch.
+            rank: from 0.
+            world_size: number of ranks.
+            parts: equal ranges of slots that the batch is trained in, one after the other: the first so many of the
+                rank's visits are its share of the first part, whatever the number of ranks.
 
         Raises:
             PlanError: the epoch has no such step, there is no such rank, or :meth:`check_world_size` fails.
@@ -92,10 +99,10 @@ class EpochPlan:
         places = self._places(step)
         streams = places % len(self._line) % self.num_streams
         slots = _one_each(streams % self.global_batch_size)
-        share = self.global_batch_size // world_size
-        return self._look_up(places[np.argsort(slots)[rank * share : (rank + 1) * share]])
+        by_slot = places[np.argsort(slots)]
+        return self._look_up(by_slot.reshape(parts, world_size, -1)[:, rank].reshape(-1))
 
-    def rank_batches(self, rank: int, world_size: int, first: int = 0) -> Sequence[Batch]:
+    def rank_batches(self, rank: int, world_size: int, first: int = 0, parts: int = 1) -> Sequence[Batch]:
         """A rank's shares of all global batches from step ``first`` on, each made when it is asked for.
 
         Raises:
@@ -104,7 +111,8 @@ class EpochPlan:
         self._check_rank(rank, world_size)
         if not 0 <= first <= self.num_batches:
             raise PlanError(f"first step {first} of the epoch: expected 0 to {self.num_batches}")
-        return LazyBatches(partial(self.rank_batch, rank=rank, world_size=world_size), range(first, self.num_batches))
+        make = partial(self.rank_batch, rank=rank, world_size=world_size, parts=parts)
+        return LazyBatches(make, range(first, self.num_batches))
 
     def check_world_size(self, world_size: int) -> None:
         """Whether so many ranks can share the epoch: each must get as many clips of every global batch.

@@ -53,14 +53,15 @@ def workers(pid):
 @pytest.mark.parametrize("changes", [{}, CMA], ids=["AVID", "AVID+CMA"])
 def test_kill_9_of_a_rank_under_torchrun_with_restarts(small_dataset, tmp_path, changes):
     # Both ranks start anew from the newest checkpoint; the user gave no --resume.
-    changes = EVERY_STEP | {"data": SMALL["data"] | {"batch_size": 4}} | changes
+    # Three of them, for two numbers add up to the same in any order.
+    changes = EVERY_STEP | {"data": SMALL["data"] | {"batch_size": 6, "clips_per_instance": 2}, "epochs": 6} | changes
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     scratch = ("--from-scratch",) if "agreement" in changes else ()
-    undisturbed = start(command(tmp_path, small_dataset, calm, *scratch, ranks=2, **changes), tmp_path)
+    undisturbed = start(command(tmp_path, small_dataset, calm, *scratch, ranks=3, **changes), tmp_path)
     output = undisturbed.communicate()[0]
     assert undisturbed.returncode == 0, output
-    process = start(command(tmp_path, small_dataset, killed, *scratch, ranks=2, **changes), tmp_path)
-    for steps, rank in ((3, 1), (9, 0)):
+    process = start(command(tmp_path, small_dataset, killed, *scratch, ranks=3, **changes), tmp_path)
+    for steps, rank in ((3, 1), (9, 2)):
         wait_for_steps(process, killed, steps)
         os.kill(workers(process.pid)[rank], signal.SIGKILL)
         time.sleep(1)
@@ -68,7 +69,7 @@ def test_kill_9_of_a_rank_under_torchrun_with_restarts(small_dataset, tmp_path, 
     assert process.returncode == 0, output
     assert output.count("training AVID") == 3
     assert losses(killed) == losses(calm)
-    assert [step for step, _ in losses(killed)] == list(range(1, 2 * EPOCHS + 1))
+    assert [step for step, _ in losses(killed)] == list(range(1, 19))
 
 
 @pytest.mark.parametrize("changes", [{}, CMA], ids=["AVID", "AVID+CMA"])
@@ -85,7 +86,7 @@ def test_sigterm_writes_a_checkpoint_in_the_middle_of_an_epoch(small_dataset, tm
     assert "stopped by SIGTERM" in output
     root = open_storage(stopped)
     stream = read_record(root).stream
-    assert stream["epoch"] == 1 or stream["step"] % 10 == 0 or stream["step"] > 20
+    assert stream["epoch"] == stream["step"] // 10
     assert latest_checkpoint(root) == f"checkpoints/step-{stream['step']:08d}"
     train(settings(**changes), str(small_dataset), str(stopped), resume=True)
     assert losses(stopped) == losses(tmp_path / "calm")
@@ -117,7 +118,7 @@ def four_checkpoints(small_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = settings(**EVERY_STEP | {"epochs": 2, "checkpoint": {"every_steps": 1}}, **CMA)
     train(config, str(small_dataset), str(folder), from_scratch=True)
-    assert len(list_checkpoints(open_storage(folder))) == 4
+    assert len(list_checkpoints(open_storage(folder))) == 5  # one before the first step
     return folder, config
 
 

@@ -8,7 +8,7 @@ import torch
 from avid_pipeline.errors import ConfigError
 from avid_pipeline.models import AVModel
 from avid_pipeline.train.run_log import read_metrics
-from avid_pipeline.train.state import distribute, make_bank, make_model, make_state
+from avid_pipeline.train.state import distribute, divide_batch, make_bank, make_model, make_state
 from avid_pipeline.train.step import train_step
 from avid_pipeline.train.trainer import train
 from tests.train.runs import SMALL, losses, settings
@@ -39,7 +39,8 @@ def steps(count=3, precision="float32", **changes):
     model, bank = make_model(config, CPU), make_bank(config, 20, CPU)
     state = make_state(config, model, bank, None)
     state.criterion.partition_function = 1.3
-    network = distribute(model, config, CPU, bank.group).train()
+    divide_batch(model, config, bank.group)
+    network = distribute(model, config, CPU).train()
     rate = config.optimizer.learning_rate
     found = [
         train_step(network, state, batch(8, step), torch.arange(8) + step, config, CPU, rate) for step in range(count)
