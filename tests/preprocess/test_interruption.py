@@ -93,7 +93,10 @@ def test_killed_at_random_moments(
         process = subprocess.Popen(command, start_new_session=True, cwd=tmp_path, stderr=subprocess.DEVNULL)
         try:
             wait_for(out / "_progress" / "job.json")
-            time.sleep(moments.uniform(0.6, 2.0))
+            deadline = time.monotonic() + 60
+            while not list(out.glob(".building-*")) and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0.0, 0.6))
             killed_at_work += bool(list(out.glob(".building-*")))
         finally:
             (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
