@@ -1,8 +1,5 @@
 """Embedding a data set on one rank and on several."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from avid_pipeline.models import AVModel
 from avid_pipeline.shards_spec.manifest import MANIFEST_NAME
 from avid_pipeline.shards_spec.reader import ShardReader, open_dataset
 from avid_pipeline.shards_spec.shard_file import ShardWriter
+from tests.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("embedding_worker.py")
 CLIP = ClipSettings(crop_size=16, audio_seconds=0.3)
@@ -137,26 +135,7 @@ def test_nothing_to_embed_and_missing_sound_are_errors(model: AVModel, small_dat
 @pytest.fixture(scope="module")
 def results(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What four processes computed in groups of one to four of them; see embedding_worker.py."""
-    folder = tmp_path_factory.mktemp("ranks")
-    files = [str(folder / "meeting"), str(folder / "results.pt"), str(small_dataset)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), "4", *files],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(4)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-    loaded: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
-    return loaded
+    return run_ranks(WORKER, 4, tmp_path_factory.mktemp("ranks"), str(small_dataset))
 
 
 @pytest.mark.slow

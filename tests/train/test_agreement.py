@@ -1,6 +1,5 @@
 """Agreement search: golden numbers, a written-out reference, ties, any cut of the work, any number of ranks, errors."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from avid_pipeline.errors import ConfigError
 from avid_pipeline.train.agreement import find_positives
 from avid_pipeline.train.nearest_rows import choose_tile
+from tests.ranks import run_ranks
 
 TESTS = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("agreement_worker.py")
@@ -173,25 +173,7 @@ def test_benchmark_runs(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What four processes found in groups of one to four of them; see agreement_worker.py."""
-    folder = tmp_path_factory.mktemp("agreement")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), "4", str(folder / "meeting"), str(folder / "results.pt")],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(4)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-    loaded: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
-    return loaded
+    return run_ranks(WORKER, 4, tmp_path_factory.mktemp("agreement"))
 
 
 @pytest.mark.slow

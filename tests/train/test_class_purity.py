@@ -1,8 +1,5 @@
 """Class purity of positives: by hand, against brute force, and on several ranks."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from avid_pipeline.collectives import RankGroup
 from avid_pipeline.errors import ConfigError
 from avid_pipeline.train import class_purity
 from avid_pipeline.train.class_purity import LabelTable
+from tests.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("label_worker.py")
 
@@ -113,25 +111,7 @@ def test_the_buffer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What four processes computed in groups of one to four of them; see label_worker.py."""
-    folder = tmp_path_factory.mktemp("labels")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), "4", str(folder / "meeting"), str(folder / "results.pt")],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(4)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-    loaded: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
-    return loaded
+    return run_ranks(WORKER, 4, tmp_path_factory.mktemp("labels"))
 
 
 def worker_values(num_classes: int) -> list[float | None]:

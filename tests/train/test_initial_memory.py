@@ -1,8 +1,5 @@
 """``memory.init: forward``: the first memories as embeddings of the data."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from avid_pipeline.train.config import TrainConfig
 from avid_pipeline.train.data import TrainingData
 from avid_pipeline.train.initial_memory import fill_memory
 from avid_pipeline.train.memory_bank import MemoryBank
+from tests.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("forward_worker.py")
 BROKEN = 4
@@ -114,26 +112,7 @@ def test_a_bank_of_other_data_is_refused(model: AVModel, small_dataset: Path) ->
 @pytest.fixture(scope="module")
 def results(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What four processes computed in groups of one to four of them; see forward_worker.py."""
-    folder = tmp_path_factory.mktemp("forward")
-    files = [str(folder / "meeting"), str(folder / "results.pt"), str(small_dataset)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), "4", *files],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(4)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-    loaded: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
-    return loaded
+    return run_ranks(WORKER, 4, tmp_path_factory.mktemp("forward"), str(small_dataset))
 
 
 @pytest.mark.slow

@@ -1,10 +1,7 @@
 """Retrieval on held-out data while a run trains."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from avid_pipeline.shards_spec.reader import open_dataset
 from avid_pipeline.shards_spec.shard_file import ShardWriter
 from avid_pipeline.train.config import TrainConfig
 from avid_pipeline.train.retrieval_hook import RetrievalHook
+from tests.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("forward_worker.py")
 STATISTICS = SpectrogramStatistics(mean=(-30.0,) * 257, std=(20.0,) * 257, frames=1)
@@ -134,24 +132,7 @@ def test_a_diverged_model_is_an_error(model: AVModel, small_dataset: Path) -> No
 
 @pytest.mark.slow
 def test_ranks_share_the_work_and_agree(small_dataset: Path, tmp_path: Path) -> None:
-    files = [str(tmp_path / "meeting"), str(tmp_path / "results.pt"), str(small_dataset)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), "3", *files],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-    results = torch.load(tmp_path / "results.pt", weights_only=True)
+    results = run_ranks(WORKER, 3, tmp_path, str(small_dataset))
     single = results["1"]["metrics"][0]
     assert {"retrieval/video_to_audio_R@1", "retrieval/audio_to_video_median_rank"} <= single.keys()
     for world_size in (2, 3):

@@ -1,8 +1,5 @@
 """The memory bank divided over ranks gives what one process gives: losses, gradients, memories, errors."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +7,7 @@ import pytest
 import torch
 
 from avid_pipeline.train.memory_bank import MemoryBank
+from tests.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
 WORLD_SIZES = [2, 3, 4]
@@ -20,25 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What four processes computed in groups of one to four of them; see sharded_worker.py."""
-    folder = tmp_path_factory.mktemp("sharded")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), "4", str(folder / "meeting"), str(folder / "results.pt")],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(4)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-    loaded: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
-    return loaded
+    return run_ranks(WORKER, 4, tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

@@ -162,3 +162,10 @@ def test_checkpoints_at_every_so_many_steps_also_at_epoch_ends(small_dataset, tm
     train(settings(**changes), str(small_dataset), str(tmp_path))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000002", "step-00000004", "step-00000006"]
+
+
+def test_weights_that_are_not_finite_are_never_saved(small_dataset, tmp_path):
+    optimizer = {"name": "sgd", "learning_rate": 3e38}
+    with pytest.raises(ConfigError, match=r"after step 1: not saved"):
+        train(settings(optimizer=optimizer, checkpoint={"every_steps": 1}), str(small_dataset), str(tmp_path))
+    assert latest_checkpoint(open_storage(tmp_path)) is None
