@@ -24,7 +24,7 @@ from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
 from avid_pipeline.shards_spec.reader import ShardReader
 from avid_pipeline.streams.batches import Batch, IntArray
 
-__all__ = ["Embeddings", "embed_dataset"]
+__all__ = ["Embeddings", "embed_dataset", "evaluation_mode"]
 
 
 @dataclass(frozen=True)
@@ -155,14 +155,15 @@ def _embed(
     device, dtype = weight.device, weight.dtype
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision not in (None, torch.float32))
     hidden = not (show_progress and sys.stderr.isatty())
-    with _evaluation_mode(model), torch.inference_mode(), autocast:
+    with evaluation_mode(model), torch.inference_mode(), autocast:
         for wanted, batch in zip(batches, tqdm(loader, unit="batch", disable=hidden, desc="embed"), strict=True):
             embedded = model(batch["video"].to(device, dtype), batch["audio"].to(device, dtype))
             sums.add(wanted, batch["index"], batch["label"], *embedded)
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode, and all its parts back in the modes that they were in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from avid_pipeline.errors import ConfigError
 from avid_pipeline.models import AVModel
+from avid_pipeline.optimisation import make_optimizer
 from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
 from avid_pipeline.train.agreement import find_positives
 from avid_pipeline.train.config import TrainConfig
 from avid_pipeline.train.data import TrainingData
 from avid_pipeline.train.initial_memory import fill_memory
 from avid_pipeline.train.memory_bank import MemoryBank
-from avid_pipeline.train.optimisation import make_optimizer
 from avid_pipeline.train.starting_point import StartingPoint, open_starting_point
 from avid_pipeline.train.state import TrainState, make_criterion
 

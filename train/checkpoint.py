@@ -21,6 +21,7 @@ from avid_pipeline.models.pretrained import LATEST_NAME, WEIGHTS_NAME
 from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
 from avid_pipeline.shards_spec.storage import Storage
 from avid_pipeline.streams.state import StreamState
+from avid_pipeline.together import run_together, try_together
 from avid_pipeline.train.bank_snapshot import POSITIVES, BankLayout, has_positives, read_rows, write_bank
 from avid_pipeline.train.checkpoint_files import (
     clear_folder,
@@ -48,7 +49,6 @@ from avid_pipeline.train.checkpoint_record import (
 )
 from avid_pipeline.train.config import TrainConfig
 from avid_pipeline.train.memory_bank import MODALITIES, MemoryBank
-from avid_pipeline.train.together import run_together, try_together
 
 __all__ = [
     "BANK_NAME",
@@ -59,6 +59,7 @@ __all__ = [
     "latest_checkpoint",
     "list_checkpoints",
     "read_record",
+    "read_weights",
     "restore_bank",
     "restore_model",
     "restore_positives",

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from avid_pipeline.collectives import RankGroup
 from avid_pipeline.config import load_config
+from avid_pipeline.process_group import in_process_group, join_process_group
 from avid_pipeline.shards_spec.command_line import FriendlyCommand, FriendlyGroup, storage_option
 from avid_pipeline.train.config import TrainConfig
-from avid_pipeline.train.process_group import in_process_group, join_process_group
 from avid_pipeline.train.published import export_weights, import_published_checkpoint
 from avid_pipeline.train.trainer import train
 

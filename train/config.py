@@ -4,11 +4,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from avid_pipeline.clips.loading import LoadingSettings
 from avid_pipeline.clips.settings import AugmentationSettings, ClipSettings
 from avid_pipeline.config import Settings
+from avid_pipeline.optimisation import OptimizerSettings
 
 AgreementKind = Literal["consensus", "union", "video", "audio"]
-_DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 # What may differ when a run is resumed, for a resumed run must equal an undisturbed one.
 _FREE_TO_CHANGE = (
@@ -43,38 +44,22 @@ class ModelSettings(Settings):
     batch_norm_clips: int | None = Field(None, ge=1)
 
 
-class DataSettings(Settings):
-    """How the data are read.
+class DataSettings(LoadingSettings):
+    """How the data are read, and in which order.
 
     Attributes:
         batch_size: clips in a step, over all ranks.
         clips_per_instance: visits of every instance in an epoch.
         canonical_streams: into at least how many streams the order is cut; see ``docs/streaming.md``.
         block_size: neighbouring instances that a stream reads in a row.
-        workers: threads of each rank that read and decode; None for one a core.
-        device: where clips are decoded and augmented.
-        operators: what augments on the CPU; ``dali`` is slower, and the reference.
         subset: named subset of the data set to train on, for example ``with-audio``; None for all.
-        max_failure_rate: share of clips that may fail to decode and be replaced by others.
-        connections: requests that a rank has under way at once, for data that are not on disk.
-        read_ahead_megabytes: what a rank reads ahead, at most.
-        cache_folder: local folder that keeps what was read of remote data, shared by the ranks of a node.
-        cache_gigabytes: size of the cache, at most.
     """
 
     batch_size: int = Field(ge=1)
     clips_per_instance: int = Field(1, ge=1)
     canonical_streams: int = Field(64, ge=1)
     block_size: int = Field(8, ge=1)
-    workers: int | None = Field(None, ge=1)
-    device: Literal["cpu", "gpu"] = "cpu"
-    operators: Literal["opencv", "dali"] = "opencv"
     subset: str | None = None
-    max_failure_rate: float = Field(0.01, ge=0, le=1)
-    connections: int = Field(8, ge=1)
-    read_ahead_megabytes: int = Field(256, ge=1)
-    cache_folder: str | None = None
-    cache_gigabytes: int = Field(100, ge=1)
 
 
 class LossSettings(Settings):
@@ -127,34 +112,6 @@ class MemorySettings(Settings):
     momentum: float = Field(0.5, ge=0, lt=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     init: Literal["random", "forward", "checkpoint"] | None = None
-
-
-class OptimizerSettings(Settings):
-    """The optimizer and its rate over time.
-
-    Attributes:
-        name: ``adam`` (weight decay is an L2 penalty), ``adamw`` (weight decay is apart from the gradient) or ``sgd``.
-        learning_rate: after the warm-up.
-        weight_decay: its strength.
-        betas: decay rates of Adam and AdamW.
-        momentum: of SGD.
-        schedule: ``multistep``, at milestones, or ``cosine``, to 0 at the end of the run.
-        milestones: epochs after which the rate is multiplied by ``gamma``; none, and the rate is constant.
-        gamma: that factor.
-        warmup_epochs: epochs, or a part of one, in which the rate grows linearly from nearly 0.
-        clip_gradients: largest norm of all gradients together; longer ones are scaled to it. None for no limit.
-    """
-
-    name: Literal["adam", "adamw", "sgd"] = "adam"
-    learning_rate: float = Field(gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[_DecayRate, _DecayRate] = (0.9, 0.999)
-    momentum: _DecayRate = 0.9
-    schedule: Literal["multistep", "cosine"] = "multistep"
-    milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    gamma: float = Field(0.1, gt=0, le=1)
-    warmup_epochs: float = Field(0.0, ge=0)
-    clip_gradients: float | None = Field(None, gt=0)
 
 
 class ComputeSettings(Settings):

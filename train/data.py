@@ -8,16 +8,16 @@ from numpy.typing import NDArray
 
 from avid_pipeline.clips.failures import Failure, FailurePolicy
 from avid_pipeline.clips.loader import ClipLoader
+from avid_pipeline.clips.loading import open_cache, sample_fetcher
 from avid_pipeline.clips.reading import TrainingChoice
 from avid_pipeline.clips.settings import resolve_modalities
 from avid_pipeline.errors import ManifestError
 from avid_pipeline.shards_spec.manifest import Manifest, SpectrogramStatistics
 from avid_pipeline.shards_spec.reader import ShardReader, open_dataset
-from avid_pipeline.streams.cache import DiskCache
 from avid_pipeline.streams.fetching import SampleFetcher
 from avid_pipeline.streams.plan import EpochPlan, plan
 from avid_pipeline.streams.substitution import Substitutes
-from avid_pipeline.train.config import DataSettings, TrainConfig
+from avid_pipeline.train.config import TrainConfig
 
 
 class TrainingData:
@@ -50,7 +50,7 @@ class TrainingData:
             np.arange(manifest.num_samples, dtype=np.int64) if subset is None else manifest.subset_indices(subset)
         )
         self.fingerprint = manifest.fingerprint()
-        self._cache = _cache(config.data, self.reader)
+        self._cache = open_cache(config.data, self.reader)
 
     @property
     def manifest(self) -> Manifest:
@@ -116,9 +116,7 @@ class TrainingData:
         )
 
     def _fetcher(self, reader: ShardReader) -> SampleFetcher:
-        data = self._config.data
-        read_ahead = data.read_ahead_megabytes << 20
-        return SampleFetcher(reader, connections=data.connections, read_ahead_bytes=read_ahead, cache=self._cache)
+        return sample_fetcher(reader, self._config.data, self._cache)
 
 
 def _statistics(reader: ShardReader) -> SpectrogramStatistics:
@@ -126,10 +124,3 @@ def _statistics(reader: ShardReader) -> SpectrogramStatistics:
     if statistics is None:
         raise ManifestError(f"{reader.storage.url}: the manifest has no spectrogram_statistics (no sound)")
     return statistics
-
-
-def _cache(settings: DataSettings, reader: ShardReader) -> DiskCache | None:
-    """The cache of remote data; what is on disk already needs none."""
-    if settings.cache_folder is None or reader.storage.local_root is not None:
-        return None
-    return DiskCache(settings.cache_folder, settings.cache_gigabytes << 30)

@@ -1,19 +1,17 @@
 """The published AVID-CMA checkpoints as checkpoint folders of ours, and weights of any checkpoint in one file."""
 
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 
 from avid_pipeline import __version__
 from avid_pipeline.errors import CheckpointError, ConfigError
 from avid_pipeline.models import load_pretrained
 from avid_pipeline.models.pretrained import LATEST_NAME, WEIGHTS_NAME, import_published, is_checkpoint_file
+from avid_pipeline.models.published_statistics import published_statistics
 from avid_pipeline.models.state_dict import model_from_state
 from avid_pipeline.row_ranges import rows_per_chunk
-from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
 from avid_pipeline.shards_spec.storage import is_remote, open_storage, split_url
 from avid_pipeline.train.bank_snapshot import BankLayout, write_rows
 from avid_pipeline.train.checkpoint_files import (
@@ -34,17 +32,9 @@ from avid_pipeline.train.checkpoint_record import (
     read_record,
 )
 
-__all__ = ["export_weights", "import_published_checkpoint", "published_statistics"]
+__all__ = ["export_weights", "import_published_checkpoint"]
 
-_STATISTICS_NAME = "published_spectrogram_statistics.npz"
 _SUFFIX = ".safetensors"
-
-
-def published_statistics() -> SpectrogramStatistics:
-    """What sound was normalised with for the published models. Over how many frames is not known: 1 stands for that."""
-    with files("avid_pipeline.models").joinpath(_STATISTICS_NAME).open("rb") as file, np.load(file) as arrays:
-        mean, std = (tuple(arrays[name].astype(float).tolist()) for name in ("mean", "std"))
-    return SpectrogramStatistics(mean=mean, std=std, frames=1)
 
 
 def import_published_checkpoint(path_or_url: str, output: str, options: Mapping[str, str] | None = None) -> str:

@@ -11,6 +11,7 @@ from avid_pipeline.collectives import RankGroup
 from avid_pipeline.errors import CheckpointError, ConfigError
 from avid_pipeline.models import AVModel
 from avid_pipeline.models.batch_norm import averaged_statistics
+from avid_pipeline.optimisation import make_optimizer
 from avid_pipeline.shards_spec.storage import Storage
 from avid_pipeline.streams.state import StreamState
 from avid_pipeline.train.checkpoint import (
@@ -26,7 +27,6 @@ from avid_pipeline.train.checkpoint_record import BANK_NAME
 from avid_pipeline.train.config import TrainConfig, changed_settings
 from avid_pipeline.train.data import TrainingData
 from avid_pipeline.train.memory_bank import MemoryBank
-from avid_pipeline.train.optimisation import make_optimizer
 from avid_pipeline.train.state import TrainState, make_criterion
 
 __all__ = ["resume_state", "save_state"]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from avid_pipeline.errors import CheckpointError, StorageError
 from avid_pipeline.models.pretrained import WEIGHTS_NAME, PublishedCheckpoint, import_published, is_checkpoint_file
+from avid_pipeline.models.published_statistics import published_statistics
 from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
 from avid_pipeline.shards_spec.storage import Storage, open_storage
 from avid_pipeline.streams.state import StreamState
@@ -24,7 +25,6 @@ from avid_pipeline.train.checkpoint_record import (
     read_record,
 )
 from avid_pipeline.train.memory_bank import MemoryBank
-from avid_pipeline.train.published import published_statistics
 
 __all__ = ["StartingPoint", "open_starting_point"]
 

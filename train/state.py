@@ -14,10 +14,10 @@ from avid_pipeline.collectives import RankGroup
 from avid_pipeline.errors import ConfigError
 from avid_pipeline.models import AVModel
 from avid_pipeline.models.batch_norm import group_batch_norms
+from avid_pipeline.optimisation import make_optimizer
 from avid_pipeline.train.config import TrainConfig
 from avid_pipeline.train.losses import AVIDCMALoss, AVIDLoss
 from avid_pipeline.train.memory_bank import MemoryBank
-from avid_pipeline.train.optimisation import make_optimizer
 
 __all__ = ["TrainState", "choose_device", "distribute", "divide_batch", "make_bank", "make_criterion", "make_model"]
 

@@ -11,6 +11,7 @@ from avid_pipeline.clips.failures import Failure
 from avid_pipeline.collectives import RankGroup
 from avid_pipeline.errors import ConfigError, StorageError
 from avid_pipeline.models.batch_norm import averaged_batch_norm
+from avid_pipeline.optimisation import learning_rate
 from avid_pipeline.shards_spec.storage import Storage, open_storage
 from avid_pipeline.streams.state import StreamState
 from avid_pipeline.train.beginning import begin_state, search_positives
@@ -22,7 +23,6 @@ from avid_pipeline.train.loss_curve import draw_loss_curve
 from avid_pipeline.train.losses import AVIDCMALoss
 from avid_pipeline.train.meter import Meter
 from avid_pipeline.train.negatives import draw_negatives
-from avid_pipeline.train.optimisation import learning_rate
 from avid_pipeline.train.retrieval_hook import RetrievalHook
 from avid_pipeline.train.run_log import RunLog, log_folder
 from avid_pipeline.train.saving import resume_state, save_state

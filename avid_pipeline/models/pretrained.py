@@ -69,7 +69,7 @@ def load_pretrained(
         CheckpointError: There is no such checkpoint, it cannot be read, or its tensors are not those of an
             :class:`AVModel`.
     """
-    folder, name = _find_weights(os.fspath(path_or_url), options)
+    folder, name = find_weights(os.fspath(path_or_url), options)
     source = f"{folder}/{name}"
     if name.endswith(".safetensors"):
         state = _read_safetensors(folder, name, options)
@@ -94,7 +94,7 @@ def import_published(
         CheckpointError: There is no such file, it cannot be read without executing it, or an entry is missing
             or of another kind.
     """
-    folder, name = _find_weights(os.fspath(path_or_url), options)
+    folder, name = find_weights(os.fspath(path_or_url), options)
     source = f"{folder}/{name}"
     if name.endswith(".safetensors"):
         raise CheckpointError(
@@ -150,8 +150,16 @@ def is_checkpoint_file(path_or_url: str) -> bool:
     return Path(path_or_url.removeprefix("file://")).expanduser().is_file()
 
 
-def _find_weights(path_or_url: str, options: Mapping[str, str] | None) -> tuple[str, str]:
-    """Find the file that holds the weights: its folder and its name."""
+def find_weights(path_or_url: str, options: Mapping[str, str] | None) -> tuple[str, str]:
+    """Find the file that holds the weights: its folder, and its name there.
+
+    Args:
+        path_or_url: As :func:`load_pretrained` takes it.
+        options: Of the object store.
+
+    Raises:
+        CheckpointError: There is no such checkpoint.
+    """
     if is_remote(path_or_url):
         parent, _, name = path_or_url.rstrip("/").rpartition("/")
         return (parent, name) if is_checkpoint_file(path_or_url) else _find_in_folder(path_or_url.rstrip("/"), options)

@@ -4,8 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 from avid_pipeline.config import load_config
+from avid_pipeline.optimisation import learning_rate
 from avid_pipeline.train.config import AgreementSettings, TrainConfig, changed_settings
-from avid_pipeline.train.optimisation import learning_rate
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -14,10 +14,11 @@ from avid_pipeline.errors import CheckpointError, ConfigError, StorageError
 from avid_pipeline.evaluate.cli import main as evaluate
 from avid_pipeline.models import AVModel, load_pretrained
 from avid_pipeline.models.pretrained import import_published
+from avid_pipeline.models.published_statistics import published_statistics
 from avid_pipeline.shards_spec.storage import open_storage
 from avid_pipeline.train.checkpoint import read_record, restore_bank, restore_trainer_state
 from avid_pipeline.train.memory_bank import MemoryBank
-from avid_pipeline.train.published import export_weights, import_published_checkpoint, published_statistics
+from avid_pipeline.train.published import export_weights, import_published_checkpoint
 
 TESTS = Path(__file__).resolve().parents[1]
 NUM_INSTANCES = 50

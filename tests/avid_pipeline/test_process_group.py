@@ -5,7 +5,7 @@ import pytest
 import torch.distributed as dist
 
 from avid_pipeline.errors import AvidPipelineError
-from avid_pipeline.train.process_group import agree_on_round
+from avid_pipeline.process_group import agree_on_round
 
 
 @pytest.fixture

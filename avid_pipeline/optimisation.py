@@ -2,13 +2,46 @@
 
 import math
 from collections.abc import Iterable
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from avid_pipeline.train.config import OptimizerSettings
+from avid_pipeline.config import Settings
 
 __all__ = ["learning_rate", "make_optimizer"]
+
+
+_DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerSettings(Settings):
+    """The optimizer and its rate over time.
+
+    Attributes:
+        name: ``adam`` (weight decay is an L2 penalty), ``adamw`` (weight decay is apart from the gradient) or ``sgd``.
+        learning_rate: after the warm-up.
+        weight_decay: its strength.
+        betas: decay rates of Adam and AdamW.
+        momentum: of SGD.
+        schedule: ``multistep``, at milestones, or ``cosine``, to 0 at the end of the run.
+        milestones: epochs after which the rate is multiplied by ``gamma``; none, and the rate is constant.
+        gamma: that factor.
+        warmup_epochs: epochs, or a part of one, in which the rate grows linearly from nearly 0.
+        clip_gradients: largest norm of all gradients together; longer ones are scaled to it. None for no limit.
+    """
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[_DecayRate, _DecayRate] = (0.9, 0.999)
+    momentum: _DecayRate = 0.9
+    schedule: Literal["multistep", "cosine"] = "multistep"
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    gamma: float = Field(0.1, gt=0, le=1)
+    warmup_epochs: float = Field(0.0, ge=0)
+    clip_gradients: float | None = Field(None, gt=0)
 
 
 def make_optimizer(settings: OptimizerSettings, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

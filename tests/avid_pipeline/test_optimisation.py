@@ -4,8 +4,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from avid_pipeline.optimisation import learning_rate, make_optimizer
 from avid_pipeline.train.config import OptimizerSettings
-from avid_pipeline.train.optimisation import learning_rate, make_optimizer
 
 KINDS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
