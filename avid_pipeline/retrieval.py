@@ -7,7 +7,7 @@ from torch import Tensor
 
 from avid_pipeline.errors import ConfigError
 
-RECALL_AT = (1, 5, 10)
+RECALL_AT = (1, 5, 10, 20)
 _QUERIES_PER_BLOCK = 1024
 
 

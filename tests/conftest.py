@@ -2,7 +2,7 @@
 
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,13 @@ from avid_pipeline.preprocess.executors.local import LocalExecutor
 from avid_pipeline.preprocess.ffmpeg import find_ffmpeg
 from avid_pipeline.preprocess.job import run_job
 from avid_pipeline.preprocess.sources.kinetics import list_kinetics
-from avid_pipeline.shards_spec.manifest import Parameters, VideoParameters
+from avid_pipeline.shards_spec.manifest import MANIFEST_NAME, Parameters, VideoParameters
+from avid_pipeline.shards_spec.reader import open_dataset
+from avid_pipeline.shards_spec.shard_file import ShardWriter
 
 _ACCESS = {"aws_access_key_id": "anyone", "aws_secret_access_key": "anything"}
+BROKEN = (3, 4)
+"""Instances of ``broken_dataset`` whose video cannot be decoded."""
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -68,6 +72,22 @@ def small_dataset(kinetics_tree: Path, tmp_path_factory: pytest.TempPathFactory)
     root = tmp_path_factory.mktemp("shards")
     parameters = Parameters(video=VideoParameters(short_side=48), samples_per_shard=4)
     run_job(list_kinetics(kinetics_tree), parameters, str(root), LocalExecutor(1))
+    return root
+
+
+@pytest.fixture(scope="session")
+def broken_dataset(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small data set, but the videos of ``BROKEN`` cannot be decoded; all checksums fit."""
+    root, reader, shards = tmp_path_factory.mktemp("broken"), open_dataset(small_dataset), []
+    for shard in reader.manifest.shards:
+        with ShardWriter(root / shard.name) as writer:
+            for place, sample in enumerate(reader.read_shard(shard)):
+                writer.add(replace(sample, video=b"no video") if shard.first_index + place in BROKEN else sample)
+            finished = writer.finish()
+        (root / shard.index_name).write_bytes(finished.index.to_bytes())
+        shards.append(shard.model_copy(update={"bytes": finished.bytes, "sha256": finished.sha256}))
+    manifest = reader.manifest.model_copy(update={"shards": tuple(shards)})
+    (root / MANIFEST_NAME).write_bytes(manifest.to_json())
     return root
 
 

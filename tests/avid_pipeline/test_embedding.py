@@ -1,6 +1,5 @@
 """Embedding a data set on one rank and on several."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +12,17 @@ from avid_pipeline.clips.settings import ClipSettings
 from avid_pipeline.embedding import embed_dataset
 from avid_pipeline.errors import ConfigError, DecodeError, SampleError
 from avid_pipeline.models import AVModel
-from avid_pipeline.shards_spec.manifest import MANIFEST_NAME
 from avid_pipeline.shards_spec.reader import ShardReader, open_dataset
-from avid_pipeline.shards_spec.shard_file import ShardWriter
+from tests.conftest import BROKEN
 from tests.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("embedding_worker.py")
 CLIP = ClipSettings(crop_size=16, audio_seconds=0.3)
-BROKEN = (3, 4)
 
 
 @pytest.fixture(scope="module")
 def model() -> AVModel:
     return AVModel(10, (16, 8), torch.Generator().manual_seed(0)).eval()
-
-
-@pytest.fixture(scope="module")
-def broken_dataset(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small data set, but two videos cannot be decoded; all checksums fit."""
-    root, reader, shards = tmp_path_factory.mktemp("broken"), open_dataset(small_dataset), []
-    for shard in reader.manifest.shards:
-        with ShardWriter(root / shard.name) as writer:
-            for place, sample in enumerate(reader.read_shard(shard)):
-                writer.add(replace(sample, video=b"no video") if shard.first_index + place in BROKEN else sample)
-            finished = writer.finish()
-        (root / shard.index_name).write_bytes(finished.index.to_bytes())
-        shards.append(shard.model_copy(update={"bytes": finished.bytes, "sha256": finished.sha256}))
-    manifest = reader.manifest.model_copy(update={"shards": tuple(shards)})
-    (root / MANIFEST_NAME).write_bytes(manifest.to_json())
-    return root
 
 
 def test_the_model_and_the_generators_stay_as_they_were(model: AVModel, small_dataset: Path) -> None:

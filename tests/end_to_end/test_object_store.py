@@ -1,12 +1,12 @@
 """Training and evaluation on data in object storage give what they give on disk, to the bit."""
 
-import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from avid_pipeline.evaluate.cli import main as evaluate
+from avid_pipeline.evaluate.results import read_results
 from avid_pipeline.shards_spec.storage import open_storage
 from avid_pipeline.train.cli import main as train
 from avid_pipeline.train.run_log import read_metrics
@@ -55,11 +55,17 @@ def test_train_and_evaluate_from_s3(small_dataset, bucket, tmp_path):
     assert any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
     results = []
     for name, data, options in (("on-disk", small_dataset, []), ("in-s3", root, bucket.arguments)):
-        out = tmp_path / f"{name}.json"
+        out = tmp_path / name
         run(evaluate, "retrieval", tmp_path / "local", "--data", data, "--output", out, "--clips", 2, *options)
-        content = json.loads(out.read_text())
-        results.append({key: value for key, value in content.items() if key != "data"})
+        results.append(read_results(open_storage(out)).tables)
     assert results[0] == results[1]
+    # A run in an object store, and results that go there.
+    run(train, config, "--data", root, "--output", f"{bucket.url}/run", *bucket.arguments)
+    out = f"{bucket.url}/results"
+    run(evaluate, "retrieval", f"{bucket.url}/run", "--data", root, "--output", out, "--clips", 2, *bucket.arguments)
+    storage = open_storage(out, options=bucket.options)
+    assert read_results(storage).tables == results[0]
+    assert b"</html>" in storage.read("report.html")
 
 
 def test_a_root_that_is_not_there_is_one_clear_error(make_bucket, tmp_path):

@@ -10,8 +10,11 @@ import safetensors
 import torch
 from click.testing import CliRunner
 
+from avid_pipeline.clips.settings import ClipSettings
 from avid_pipeline.errors import CheckpointError, ConfigError, StorageError
+from avid_pipeline.evaluate.checkpoint import open_checkpoint
 from avid_pipeline.evaluate.cli import main as evaluate
+from avid_pipeline.evaluate.results import read_results
 from avid_pipeline.models import AVModel, load_pretrained
 from avid_pipeline.models.pretrained import import_published
 from avid_pipeline.models.published_statistics import published_statistics
@@ -106,19 +109,16 @@ def test_what_an_imported_folder_says(small_file, imported):
     assert record.spectrogram_statistics == published_statistics()
 
 
-def test_an_imported_folder_is_evaluated_with_the_published_settings(imported, small_dataset, tmp_path, monkeypatch):
-    seen = []
-    from avid_pipeline.evaluate import cli
-
-    original = cli.embed_dataset
-    monkeypatch.setattr(cli, "embed_dataset", lambda *a, **k: seen.append((a[2], k["statistics"])) or original(*a, **k))
+def test_an_imported_folder_is_evaluated_with_the_published_settings(imported, small_dataset, tmp_path):
     arguments = ["retrieval", str(imported), "--data", str(small_dataset), "--clips", "1", "--batch-size", "5"]
-    done = CliRunner().invoke(evaluate, [*arguments, "--output", str(tmp_path / "retrieval.json")])
+    done = CliRunner().invoke(evaluate, [*arguments, "--output", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "retrieval.json").read_text())["instances"] == 10
-    ((clip, statistics),) = seen
-    assert clip == cli.ClipSettings()
-    assert statistics == published_statistics()
+    results = read_results(open_storage(tmp_path / "out"))
+    assert results.checkpoint.kind == "published"
+    assert results.data[0].instances == 10
+    evaluated = open_checkpoint(str(imported))
+    assert evaluated.clip == ClipSettings()
+    assert evaluated.statistics == published_statistics()
 
 
 def test_nothing_is_overwritten(small_file, imported, tmp_path):

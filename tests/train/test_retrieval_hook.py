@@ -14,7 +14,7 @@ from avid_pipeline.collectives import RankGroup
 from avid_pipeline.embedding import embed_dataset
 from avid_pipeline.errors import ConfigError, DecodeError, StorageError
 from avid_pipeline.models import AVModel
-from avid_pipeline.retrieval import chance, retrieve
+from avid_pipeline.retrieval import RECALL_AT, chance, retrieve
 from avid_pipeline.shards_spec.manifest import MANIFEST_NAME, SpectrogramStatistics
 from avid_pipeline.shards_spec.reader import open_dataset
 from avid_pipeline.shards_spec.shard_file import ShardWriter
@@ -68,7 +68,7 @@ def test_numbers_are_those_of_retrieval(model: AVModel, small_dataset: Path) -> 
         "chance": chance(10, labels),
     }.items():
         assert result.class_precision is not None
-        expected |= {f"retrieval/{name}_R@{k}": result.recall[k] for k in (1, 5, 10)}
+        expected |= {f"retrieval/{name}_R@{k}": result.recall[k] for k in RECALL_AT}
         expected[f"retrieval/{name}_median_rank"] = result.median_rank
         expected[f"retrieval/{name}_class_precision"] = result.class_precision
     assert found == expected
