@@ -24,7 +24,7 @@ from avid_pipeline.shards_spec.manifest import SpectrogramStatistics
 from avid_pipeline.shards_spec.reader import ShardReader
 from avid_pipeline.streams.batches import Batch, IntArray
 
-__all__ = ["Embeddings", "embed_dataset", "evaluation_mode"]
+__all__ = ["Embeddings", "MeanDirections", "embed_dataset", "evaluation_mode"]
 
 
 @dataclass(frozen=True)
@@ -117,13 +117,38 @@ def embed_dataset(
     return embeddings if group is None or not gather else _gathered(embeddings, len(indices), group)
 
 
+class MeanDirections:
+    """Mean directions of instances' clips, an instance a row: added up here, whatever the clips' order and batches.
+
+    Args:
+        num_rows: N, the number of instances.
+        dim: D, the size of embeddings.
+    """
+
+    def __init__(self, num_rows: int, dim: int) -> None:
+        self._sums = torch.zeros(num_rows, dim)
+
+    def add(self, rows: Tensor, embeddings: Tensor) -> None:
+        """Add the directions of clips.
+
+        Args:
+            rows: int64 [B], of their instances.
+            embeddings: [B, D], of any length, on any device.
+        """
+        self._sums.index_add_(0, rows, F.normalize(embeddings.float(), dim=1).cpu())
+
+    def vectors(self) -> Tensor:
+        """Float32 unit vectors [N, D], on the CPU; zeros for an instance without clips."""
+        return F.normalize(self._sums, dim=1)
+
+
 class _Sums:
-    """Sums of the unit vectors of instances' clips."""
+    """What is known of the instances, from the clips so far."""
 
     def __init__(self, num_rows: int, clips_per_instance: int, dim: int) -> None:
         self._clips_per_instance = clips_per_instance
         self._clips_done = 0
-        self._video, self._audio = torch.zeros(num_rows, dim), torch.zeros(num_rows, dim)
+        self._video, self._audio = MeanDirections(num_rows, dim), MeanDirections(num_rows, dim)
         self._labels = torch.full((num_rows,), -1, dtype=torch.int64)
         self._found = torch.zeros(num_rows, dtype=torch.bool)
 
@@ -133,13 +158,13 @@ class _Sums:
         self._clips_done += len(wanted)
         kept = index == torch.from_numpy(wanted.instances)
         rows = (places // self._clips_per_instance)[kept]
-        self._video.index_add_(0, rows, F.normalize(video_emb.float(), dim=1).cpu()[kept])
-        self._audio.index_add_(0, rows, F.normalize(audio_emb.float(), dim=1).cpu()[kept])
+        self._video.add(rows, video_emb[kept])
+        self._audio.add(rows, audio_emb[kept])
         self._labels[rows] = label[kept]
         self._found[rows] = True
 
     def embeddings(self) -> Embeddings:
-        return Embeddings(F.normalize(self._video, dim=1), F.normalize(self._audio, dim=1), self._labels, self._found)
+        return Embeddings(self._video.vectors(), self._audio.vectors(), self._labels, self._found)
 
 
 def _embed(
