@@ -2,6 +2,7 @@
 
 import click
 
+from avid_pipeline.evaluate.classification.commands import finetune, linear
 from avid_pipeline.evaluate.feature_command import features
 from avid_pipeline.evaluate.search_commands import knn, retrieval
 from avid_pipeline.shards_spec.command_line import FriendlyGroup
@@ -17,7 +18,7 @@ def main() -> None:
     """
 
 
-for _command in (features, knn, retrieval):
+for _command in (features, finetune, knn, linear, retrieval):
     main.add_command(_command)
 
 

@@ -22,14 +22,15 @@ __all__ = ["draw_neighbours"]
 _QUERIES = 6
 _SHOWN_RANGE_DB = 80
 _MOST_COLUMNS = 400
-_ALIKE, _OTHER, _QUERY = "#2a9d8f", "#d1495b", "#555555"
+_OWN, _ALIKE, _OTHER, _QUERY = "#1a7f37", "#3b78c2", "#d1495b", "#555555"
 _LONGEST_NAME = 22
 
 
 def draw_neighbours(found: Neighbours, queries: EvaluationData, gallery: EvaluationData) -> Picture:
     """Draw some queries, spread evenly, each followed by its nearest neighbours.
 
-    A neighbour's frame is green where it has a class of the query or is its own counterpart, red otherwise.
+    A neighbour's frame is green where it is the query's own counterpart, blue where it has a class of the query, and
+    red otherwise.
 
     Args:
         found: the neighbours.
@@ -51,13 +52,18 @@ def draw_neighbours(found: Neighbours, queries: EvaluationData, gallery: Evaluat
         if row == 0:
             axes[row][0].set_title("query", fontsize=9)
         for rank in range(columns - 1):
+            neighbour = int(found.found[place, rank])
             colour = _ALIKE if bool(found.alike[place, rank]) else _OTHER
-            _draw(axes[row][rank + 1], gallery, int(found.found[place, rank]), found.modality, colour)
+            if queries is gallery and neighbour == int(found.queries[place]):
+                colour = _OWN
+            _draw(axes[row][rank + 1], gallery, neighbour, found.modality, colour)
             if row == 0:
                 axes[row][rank + 1].set_title(f"neighbour {rank + 1}", fontsize=9)
     png = io.BytesIO()
     figure.savefig(png, format="png")
-    caption = "Queries and their nearest neighbours; green: the query's class or its own counterpart, red: another."
+    caption = "Queries and their nearest neighbours. Blue: of the query's class; red: of another or none."
+    if found.modality != found.query_modality:
+        caption += " Green: the query's own counterpart."
     return Picture(title=f"neighbours: {found.title}", png=png.getvalue(), caption=caption)
 
 

@@ -27,7 +27,7 @@ class Neighbours:
         modality: of what is found.
         queries: instances, int64 [Q].
         found: instances of the gallery, int64 [Q, k], nearest first.
-        alike: whether a neighbour has a class of its query, or is its own counterpart, bool [Q, k].
+        alike: whether a neighbour has a class of its query, bool [Q, k].
     """
 
     title: str
@@ -164,7 +164,7 @@ def _shown(
     """What a picture shows; between modalities the own counterpart is a candidate: the one that should be found."""
     if query != candidate:
         _, order = nearest(queries.vectors, candidates.vectors, _SHOWN)
-        shared = order == torch.arange(len(order))[:, None]
+        shared = share_a_class(queries.labels, candidates.labels, order)
     found = candidates.instances[order[:, :_SHOWN]]
     return Neighbours(title, _modality(query), _modality(candidate), queries.instances, found, shared[:, :_SHOWN])
 

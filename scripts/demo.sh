@@ -6,6 +6,11 @@ began=$SECONDS
 
 step() { printf '\n== %s\n' "$1"; }
 
+evaluate() {
+    avid-evaluate retrieval "$out/$1" --data "$out/shards/val" --output "$out/evaluation/$1-retrieval"
+    avid-evaluate knn "$out/$1" --data "$out/shards/val" --gallery "$out/shards/train" --output "$out/evaluation/$1-knn"
+}
+
 step "1/7  synthetic videos: sound and picture with shared causes"
 avid-preprocess demo "$out/videos" --instances 300 --seed 0
 step "2/7  videos to shards"
@@ -16,16 +21,16 @@ step "3/7  training AVID on the CPU (progress in $out/avid/train.log)"
 avid-train configs/demo.yaml --data "$out/shards/train" --output "$out/avid" --resume
 step "4/7  training AVID+CMA from it (progress in $out/cma/train.log)"
 avid-train configs/demo-cma.yaml --data "$out/shards/train" --output "$out/cma" --start-from "$out/avid" --resume
-step "5/7  retrieval on held-out videos: AVID"
-avid-evaluate retrieval "$out/avid" --data "$out/shards/val"
-step "6/7  retrieval on held-out videos: AVID+CMA"
-avid-evaluate retrieval "$out/cma" --data "$out/shards/val"
+step "5/7  evaluation on held-out videos: AVID"
+evaluate avid
+step "6/7  evaluation on held-out videos: AVID+CMA"
+evaluate cma
 step "7/7  done in $((SECONDS - began)) s"
 cat <<END
 videos          $out/videos/{train,val}/<class>/*.mp4
 shards          $out/shards/{train,val}        (look: avid-shards info $out/shards/train)
 runs            $out/avid, $out/cma            (curves: tensorboard --logdir $out)
-retrieval       $out/avid/retrieval.json, $out/cma/retrieval.json
+evaluations     $out/evaluation/{avid,cma}-{retrieval,knn}/results.json, and report.html to open in a browser
 contact sheet   $out/contact-sheet.png
 loss curves     $out/avid/loss.png, $out/cma/loss.png
 END

@@ -41,7 +41,8 @@ def losses(folder: Path):
     return [entry["loss/total"] for entry in read_metrics(folder)]
 
 
-def test_train_and_evaluate_from_s3(small_dataset, bucket, tmp_path):
+def test_train_and_evaluate_from_s3(small_dataset, bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # logs of a run in an object store go to the current folder
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG)
     root = f"{bucket.url}/shards"
