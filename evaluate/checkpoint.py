@@ -67,7 +67,8 @@ def open_checkpoint(
         generator = torch.Generator().manual_seed(random_weights)
         model = AVModel(found.model.video_depth, found.model.projection, generator).eval()
         identity = CheckpointIdentity(
-            path=f"random weights, seed {random_weights}, of the architecture of {checkpoint}",
+            path=f"random weights, seed {random_weights}: R(2+1)D-{model.video_depth}, projection "
+            + "-".join(map(str, model.projection)),
             sha256=None,
             kind="random",
             step=None,

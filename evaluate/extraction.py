@@ -26,6 +26,7 @@ from avid_pipeline.evaluate.data import EvaluationData
 from avid_pipeline.evaluate.feature_store import Block, FeatureStore, create_store, open_store
 from avid_pipeline.evaluate.layers import compute_features, feature_dim, modalities_of
 from avid_pipeline.models import AVModel
+from avid_pipeline.shards_spec.manifest import fingerprint
 from avid_pipeline.shards_spec.storage import Storage
 from avid_pipeline.streams.batches import Batch
 from avid_pipeline.together import run_together
@@ -119,18 +120,25 @@ def _create(
 ) -> FeatureStore:
     choice = request.choice
     description = {
-        "checkpoint": evaluated.identity.model_dump(mode="json"),
+        "checkpoint": evaluated.identity.key,
         "data": data.identity().model_dump(mode="json", exclude={"role", "url"}),
         "clip": clip.model_dump(mode="json"),
         "augmented": None
         if not isinstance(choice, TrainingChoice)
         else {"seed": choice.seed, "epoch": choice.epoch, **choice.augmentation.model_dump(mode="json")},
         "precision": request.precision,
+        "statistics": None if "audio" not in (clip.modalities or ()) else _fingerprint(evaluated, data),
     }
     dims = {name: feature_dim(name, evaluated.model) for name in request.names}
     return create_store(
         storage, data.instances, request.clips, dims, len(data.classes), description, dtype=request.dtype
     )
+
+
+def _fingerprint(evaluated: EvaluatedModel, data: EvaluationData) -> str | None:
+    """Of what sound is normalised with."""
+    statistics = evaluated.statistics or data.manifest.spectrogram_statistics
+    return None if statistics is None else fingerprint(statistics.model_dump(mode="json"))
 
 
 def _write_blocks(

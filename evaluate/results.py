@@ -34,7 +34,7 @@ class CheckpointIdentity(Record):
     """Which model was evaluated.
 
     Attributes:
-        path: path or URL of the checkpoint.
+        path: path or URL of the checkpoint; what random weights are of.
         sha256: of its weights file, in hexadecimal; None where there is no file.
         kind: a checkpoint of this package, a published one, a file of weights alone, or random weights.
         step: of training; None where it is not known.
@@ -44,6 +44,11 @@ class CheckpointIdentity(Record):
     sha256: str | None
     kind: Literal["ours", "published", "weights", "random"]
     step: int | None
+
+    @property
+    def key(self) -> str:
+        """The same for the same weights, wherever they lie."""
+        return self.sha256 or self.path
 
 
 class DataIdentity(Record):

@@ -130,7 +130,7 @@ class FeatureCache:
         augmented = None if isinstance(choice, EvaluationChoice) else choice.augmentation.model_dump(mode="json")
         sound = self.task.statistics if config.modality == "audio" else None
         facts = {
-            "checkpoint": self.evaluated.identity.model_dump(mode="json"),
+            "checkpoint": self.evaluated.identity.key,
             "data": data.identity().model_dump(mode="json", exclude={"role", "url"}),
             "features": request.names,
             "clips": clips,

@@ -46,7 +46,7 @@ class Identity:
             {
                 "command": results.command,
                 # The same weights may lie elsewhere now; random ones have no file, and their path is their seed.
-                "checkpoint": checkpoint.sha256 or checkpoint.path,
+                "checkpoint": checkpoint.key,
                 "data": {
                     data.role: {"fingerprint": data.fingerprint, "subset": data.subset, "instances": data.instances}
                     for data in results.data

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,15 @@ def test_the_same_command_again_uses_what_is_there(trained_run, small_dataset, t
     (tmp_path / "mine.txt").write_text("stays")
     run(*arguments[:5], 3, "--output", tmp_path, "--overwrite")
     assert (tmp_path / "mine.txt").read_text() == "stays"
+
+
+def test_the_same_weights_elsewhere_are_the_same(trained_run, small_dataset, tmp_path):
+    arguments = ("--data", small_dataset, "--clips", 1, "--features", "video", "--output", tmp_path / "out")
+    for options in ((), ("--random-weights", 1, "--overwrite")):
+        run("knn", trained_run, *arguments, *options)
+        moved = Path(shutil.copytree(trained_run, tmp_path / f"moved{len(options)}"))
+        assert "1 of 1 parts of the features are there already" in run("knn", moved, *arguments, *options[:2])
+    assert "random weights, seed 1" in run("knn", moved, *arguments, "--random-weights", 2, code=1)
 
 
 def test_results_go_below_the_run_unless_told_otherwise(trained_run, small_dataset, tmp_path, monkeypatch):
@@ -212,8 +222,6 @@ def test_mistakes_are_clear_errors(trained_run, small_dataset, tmp_path):
 
 
 def test_a_damaged_weights_file_is_named(trained_run, small_dataset, tmp_path):
-    import shutil
-
     folder = Path(shutil.copytree(trained_run, tmp_path / "run"))
     weights = next(folder.glob("checkpoints/*/model.safetensors"))
     data = bytearray(weights.read_bytes())
