@@ -1,10 +1,12 @@
 """Linear probes on features that are computed once: seconds an epoch against those of training on clips.
 
-python benchmarks/linear_cache.py [--data ROOT] [--checkpoint CHECKPOINT] [--instances 64] [--batch 16] [--epochs 3]
+python benchmarks/linear_cache.py [--data ROOT --test-data ROOT] [--checkpoint CHECKPOINT] [--batch 16] [--epochs 3]
 
 Both train the four classifiers of configs/linear/kinetics.yaml with the same batches and no tests between epochs; on
-clips, every epoch reads, decodes and augments anew and runs the frozen network. Without --data, shards are made of
-example clips; without --checkpoint, the network, R(2+1)D-18, has random weights, which are as slow as any.
+clips, every epoch reads, decodes and augments anew and runs the frozen network. The first epoch on cached features
+includes computing them, those of the test data too. Without --data, shards are made of example clips, with two to
+test and as many classes as Kinetics-400 has, for the classifiers' share of the time; without --checkpoint, the
+network, R(2+1)D-18, has random weights, which are as slow as any.
 """
 
 import itertools
@@ -29,14 +31,16 @@ from avid_pipeline.models import AVModel
 from avid_pipeline.preprocess.executors.local import LocalExecutor
 from avid_pipeline.preprocess.job import run_job
 from avid_pipeline.preprocess.sources.kinetics import list_kinetics
-from avid_pipeline.shards_spec.manifest import Parameters
+from avid_pipeline.shards_spec.manifest import MANIFEST_NAME, Parameters, read_manifest
 from avid_pipeline.shards_spec.storage import open_storage
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "linear" / "kinetics.yaml"
+CLASSES = 400
 
 
 @click.command()
 @click.option("--data", help="Root of labelled shards; made of example clips without it.")
+@click.option("--test-data", help="Root of test data, for --data.")
 @click.option("--checkpoint", help="Whose network is probed; random weights without it.")
 @click.option("--clips", type=click.Path(exists=True, path_type=Path), help="Folder of .mp4 files to make shards of.")
 @click.option("--instances", default=64, show_default=True, help="Samples of the shards that are made.")
@@ -45,6 +49,7 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "linear" / "kinetics.
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting.")
 def main(
     data: str | None,
+    test_data: str | None,
     checkpoint: str | None,
     clips: Path | None,
     instances: int,
@@ -59,10 +64,10 @@ def main(
     config = load_config(CONFIG, LinearConfig, changes)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        root = data or make_shards(clips, instances, folder)
+        roots = (data, test_data or data) if data else make_shards(clips, instances, folder)
         weights = checkpoint or make_weights(folder)
-        fresh = run(config, root, weights, folder / "fresh", cached=False)
-        cached = run(config, root, weights, folder / "cached", cached=True)
+        fresh = run(config, roots, weights, folder / "fresh", cached=False)
+        cached = run(config, roots, weights, folder / "cached", cached=True)
         features = next((folder / "cached").glob("features-train-*"))
         size = sum(path.stat().st_size for path in features.rglob("*") if path.is_file())
     ratio = statistics.median(fresh[1:]) / statistics.median(cached[1:])
@@ -74,11 +79,18 @@ def main(
     print(f"features: {size / 1e6:.1f} MB; {torch.get_num_threads()} threads")
 
 
-def make_shards(clips: Path | None, count: int, folder: Path) -> str:
-    """A data set of ``count`` samples of Kinetics' size."""
-    make_tree(example_clips(clips, folder), count, folder / "videos")
-    run_job(list_kinetics(folder / "videos"), Parameters(), str(folder / "shards"), LocalExecutor())
-    return str(folder / "shards")
+def make_shards(clips: Path | None, count: int, folder: Path) -> tuple[str, str]:
+    """Data sets of Kinetics' size: ``count`` samples to train on, and two for tests."""
+    roots = []
+    for name, size in (("train", count), ("test", 2)):
+        make_tree(example_clips(clips, folder), size, folder / name / "videos")
+        run_job(list_kinetics(folder / name / "videos"), Parameters(), str(folder / name / "shards"), LocalExecutor())
+        manifest = read_manifest(open_storage(folder / name / "shards"))
+        classes = manifest.classes + tuple(f"class {number}" for number in range(2, CLASSES + 1))
+        named = manifest.model_copy(update={"classes": classes})
+        (folder / name / "shards" / MANIFEST_NAME).write_bytes(named.to_json())
+        roots.append(str(folder / name / "shards"))
+    return roots[0], roots[1]
 
 
 def make_weights(folder: Path) -> str:
@@ -88,7 +100,7 @@ def make_weights(folder: Path) -> str:
     return str(path)
 
 
-def run(config: LinearConfig, root: str, weights: str, output: Path, *, cached: bool) -> list[float]:
+def run(config: LinearConfig, roots: tuple[str, str], weights: str, output: Path, *, cached: bool) -> list[float]:
     """Seconds of every epoch but the last; computing the features is part of the first."""
     moments = [time.perf_counter()]
 
@@ -99,7 +111,7 @@ def run(config: LinearConfig, root: str, weights: str, output: Path, *, cached: 
     run_linear(
         config,
         open_checkpoint(weights),
-        *open_parts(root, root, None),
+        *open_parts(*roots, None),
         open_storage(output, create=True),
         RankGroup(),
         say=say,

@@ -146,11 +146,11 @@ def require_same_classes(first: EvaluationData, second: EvaluationData) -> None:
     if first.classes == second.classes:
         return
     pairs = zip_longest(first.classes, second.classes)
-    place, (ours, theirs) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
+    place, pair = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
+    ours, theirs = ("no such class" if name is None else repr(name) for name in pair)
     raise ConfigError(
-        f"{second.url}: expected the classes of {first.url}, for labels are places among them; class {place} is "
-        f"{theirs!r} here and {ours!r} there ({len(second.classes)} and {len(first.classes)} classes); convert "
-        "both with one list of classes"
+        f"{second.url}: expected the classes of {first.url} in the same order, for labels are places among them: class "
+        f"{place} is {ours} there and {theirs} here; convert both with one list of classes"
     )
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from avid_pipeline.clips.batch import ClipBatch
 from avid_pipeline.clips.failures import Failure, FailurePolicy
 from avid_pipeline.clips.loader import ClipLoader
-from avid_pipeline.clips.loading import LoadingSettings, sample_fetcher
+from avid_pipeline.clips.loading import LoadingSettings, open_cache, sample_fetcher
 from avid_pipeline.clips.reading import ClipChoice, EvaluationChoice, TrainingChoice
 from avid_pipeline.clips.settings import ClipSettings
 from avid_pipeline.collectives import RankGroup
@@ -168,7 +168,7 @@ def _write_blocks(
         operators=loading.operators,
         workers=loading.workers,
         failures=leave_out(data, loading.max_failure_rate, say),
-        fetcher=partial(sample_fetcher, settings=loading),
+        fetcher=partial(sample_fetcher, settings=loading, cache=open_cache(loading, data.reader)),
     )
     hidden = not (show_progress and sys.stderr.isatty())
     with closing(iter(loader)) as clips, tqdm(total=len(loader), unit="batch", disable=hidden, desc="features") as bar:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from avid_pipeline.clips.reading import EvaluationChoice, TrainingChoice
 from avid_pipeline.collectives import RankGroup
 from avid_pipeline.errors import ConfigError
 from avid_pipeline.evaluate.classification.config import ClassificationConfig
-from avid_pipeline.evaluate.data import EvaluationData, open_data, open_fold
+from avid_pipeline.evaluate.data import EvaluationData, open_data, open_fold, require_same_classes
 from avid_pipeline.evaluate.extraction import leave_out
 from avid_pipeline.shards_spec.manifest import Modality, SpectrogramStatistics
 from avid_pipeline.streams.batches import Batch, IntArray
@@ -87,7 +86,7 @@ class Task:
     ) -> None:
         for data in (train, test):
             data.require_classes()
-        _check_same_classes(train, test)
+        require_same_classes(train, test)
         self.train, self.test = train, test
         self.clip = train.clip_settings(config.clip, (modality,))
         test.clip_settings(config.clip, (modality,))
@@ -274,13 +273,3 @@ def only_label(data: EvaluationData, instance: int, labels: Sequence[int]) -> in
             "class; give a data set with one label for each sample"
         )
     return labels[0] if labels else -1
-
-
-def _check_same_classes(train: EvaluationData, test: EvaluationData) -> None:
-    for number, (ours, theirs) in enumerate(zip_longest(train.classes, test.classes)):
-        if ours != theirs:
-            known, found = (repr(name) if name is not None else "no such class" for name in (ours, theirs))
-            raise ConfigError(
-                f"{test.url}: must have the classes of the training data {train.url}, in the same order: class "
-                f"{number} is {known} there and {found} here; convert both with one list of classes"
-            )

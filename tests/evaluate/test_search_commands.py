@@ -240,4 +240,4 @@ def test_galleries_of_other_classes_are_refused(trained_run, small_dataset, fold
     (other / MANIFEST_NAME).unlink()
     (other / MANIFEST_NAME).write_text(json.dumps(content))
     refused = run("knn", trained_run, "--data", small_dataset, "--gallery", other, code=1)
-    assert "class 1 is 'juggling' here and 'class 1' there" in refused
+    assert "class 1 is 'class 1' there and 'juggling' here" in refused
