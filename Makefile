@@ -5,6 +5,8 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Of pytest; -v names every test.
+VERBOSITY ?= -q
 # The first Python on PATH that is new enough; set PYTHON=… to choose another.
 PYTHON ?= $(shell for name in python3 python3.11 python3.12 python3.13 python3.14; do \
 	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$name; break; fi; done)
@@ -25,7 +27,7 @@ demo: $(INSTALLED) ## Synthetic videos to shards to a trained and evaluated mode
 
 test: lint ## Lint, then all tests
 	@echo "== tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(VERBOSITY)
 
 test-gpu: $(INSTALLED) ## What needs a CUDA GPU; docs/gpu.md says what it checks
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no CUDA GPU")'

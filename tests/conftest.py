@@ -19,6 +19,7 @@ _ACCESS = {"aws_access_key_id": "anyone", "aws_secret_access_key": "anything"}
 BROKEN = (3, 4)
 """Instances of ``broken_dataset`` whose video cannot be decoded."""
 REPOSITORY = Path(__file__).resolve().parents[1]
+pytest_plugins = ("tests.hooks",)
 
 
 def make_video(
@@ -53,7 +54,7 @@ def make_video(
         "mp4",
         f"file:{path}",
     ]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, timeout=120)
     return path
 
 

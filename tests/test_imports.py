@@ -1,11 +1,12 @@
 """Imports go one way, and importing the package loads nothing heavy."""
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = "core"
@@ -51,7 +52,7 @@ def test_imports_go_downwards(room):
 
 def test_importing_the_package_is_light():
     code = "import sys, avid_pipeline; print([m for m in ('torch', 'nvidia', 'av', 'numpy') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    done = run(sys.executable, "-c", code, cwd="/")
     assert done.stdout.strip() == "[]"
 
 

@@ -1,15 +1,15 @@
 """The wheel holds one top-level name; an editable install works from any directory."""
 
 import configparser
-import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run
 
 ROOT = Path(__file__).resolve().parents[1]
 IGNORED = shutil.ignore_patterns(
@@ -36,7 +36,7 @@ def packages():
 
 def test_the_wheel_has_one_top_level_name(checkout, tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(checkout)], check=True)
+    run(*command, "--wheel-dir", tmp_path, checkout)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names}
@@ -49,7 +49,7 @@ def test_the_wheel_has_one_top_level_name(checkout, tmp_path):
 @pytest.mark.slow
 def test_an_editable_install_imports_everything_from_elsewhere(checkout, tmp_path):
     environment = tmp_path / "environment"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    run(sys.executable, "-m", "venv", "--without-pip", environment)
     # Dependencies come from this environment, without its own editable install (whose .pth is not followed).
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = environment / "lib" / version / "site-packages"
@@ -65,11 +65,8 @@ def test_an_editable_install_imports_everything_from_elsewhere(checkout, tmp_pat
         "--no-build-isolation",
         "--ignore-installed",
     ]
-    subprocess.run([*install, "--editable", str(checkout)], check=True, cwd=tmp_path)
+    run(*install, "--editable", checkout, cwd=tmp_path)
     code = f"import importlib; [print(importlib.import_module(name).__file__) for name in {packages()!r}]"
-    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, cwd="/", env=clean)
-    assert done.returncode == 0, done.stderr
-    files = done.stdout.split()
+    files = run(python, "-c", code, cwd="/", env={"PYTHONPATH": None}).stdout.split()
     assert len(files) == len(packages())
     assert all(Path(file).is_relative_to(checkout) for file in files)

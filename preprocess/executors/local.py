@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +16,7 @@ from avid_pipeline.preprocess.build import ShardReport, ShardTask, build_shard
 from avid_pipeline.preprocess.errors import PreprocessError
 
 _POLL_SECONDS = 0.2
+_SECONDS_BETWEEN_TERMINATIONS = 1.0
 _worker_queue: Any = None
 
 
@@ -76,6 +79,7 @@ def _submit(pool: ProcessPoolExecutor, tasks: list[ShardTask]) -> set[Future[Sha
 
 def _start_worker(queue: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.unraisablehook = _note_swallowed
     global _worker_queue
     _worker_queue = queue
 
@@ -86,12 +90,22 @@ def _raise_exit(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
+def _note_swallowed(unraisable: "sys.UnraisableHookArgs") -> None:
+    # A signal may come in a destructor or a callback, which swallow exceptions: then the next one ends the worker.
+    if isinstance(unraisable.exc_value, SystemExit):
+        signal.signal(signal.SIGTERM, _raise_exit)
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def _end_with_parent() -> None:
     # The pool's own workers would wait for ever for the next task of a parent that was killed.
     parent = parent_process()
     if parent is not None:
         parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(_SECONDS_BETWEEN_TERMINATIONS)
 
 
 def _build(task: ShardTask) -> ShardReport:
@@ -121,4 +135,6 @@ def _stop(pool: ProcessPoolExecutor) -> None:
     for process in processes:
         process.terminate()
     for process in processes:
-        process.join()
+        while process.is_alive():
+            process.join(_SECONDS_BETWEEN_TERMINATIONS)
+            process.terminate()

@@ -1,6 +1,7 @@
-"""A rank of a training run that writes down what each of its steps saw; run by torchrun, or alone.
+"""A rank of a training run that writes down what each of its steps saw.
 
-Arguments: data root, run folder, record folder, loader threads, and the step before which to be killed (0: never).
+Arguments: rank, number of ranks, file to meet at, data root, run folder, record folder, loader threads, and the step
+before which to be killed (0: never).
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from avid_pipeline.clips.loader import ClipLoader
@@ -30,10 +32,11 @@ CONFIG = {
 
 
 def main() -> None:
-    root, output, records, workers, killed_before = sys.argv[1:]
-    rank = int(os.environ.get("RANK", "0"))
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
+    rank, size = int(sys.argv[1]), int(sys.argv[2])
+    meeting_file, root, output, records, workers, killed_before = sys.argv[3:]
+    torch.set_num_threads(1)
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{meeting_file}", rank=rank, world_size=size)
 
     class RecordingLoader(ClipLoader):
         def __iter__(self):

@@ -1,25 +1,22 @@
 """A run that was killed goes on with another number of ranks and loader threads, and sees what it would have seen."""
 
 import json
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
+from tests.ranks import launch_ranks
+
 WORKER = Path(__file__).with_name("recording_worker.py")
 
 
-def run(dataset: Path, output: Path, records: Path, ranks: int, workers: int, killed_before: int = 0) -> int:
-    records.mkdir(exist_ok=True)
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    arguments = [str(part) for part in (WORKER, dataset, output, records, workers, killed_before)]
-    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, cwd=output.parent)
-    assert killed_before or done.returncode == 0, done.stderr[-4000:]
-    return done.returncode
+def run(dataset: Path, output: Path, records: Path, ranks: int, workers: int, killed_before: int = 0) -> None:
+    records.mkdir()
+    arguments = (records.with_suffix(".meeting"), dataset, output, records, workers, killed_before)
+    done = launch_ranks(WORKER, ranks, *arguments, check=not killed_before)
+    if killed_before:
+        assert "a rank ended with -9" in done.stderr, done.stderr
 
 
 def seen(records: Path) -> dict[int, set[tuple[int, int, str]]]:
@@ -50,7 +47,7 @@ def test_the_undisturbed_run_is_what_the_others_are_compared_with(undisturbed):
 def test_killed_and_resumed_elsewhere(small_dataset, undisturbed, tmp_path, before, after):
     output, first, rest = tmp_path / "run", tmp_path / "first", tmp_path / "rest"
     ranks, workers = before
-    assert run(small_dataset, output, first, ranks, workers, killed_before=6) != 0
+    run(small_dataset, output, first, ranks, workers, killed_before=6)
     ranks, workers = after
     run(small_dataset, output, rest, ranks, workers)
     assert {step: clips for step, clips in undisturbed.items() if step <= 5} == seen(first)

@@ -53,6 +53,6 @@ def ffmpeg() -> Callable[..., None]:
 
     def run(*arguments: object) -> None:
         command = [find_ffmpeg(), "-hide_banner", "-loglevel", "error", "-nostdin", "-y", *map(str, arguments)]
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, timeout=120)
 
     return run

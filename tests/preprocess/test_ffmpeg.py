@@ -27,7 +27,7 @@ def test_the_program_that_is_found_writes_videos(
     if on_path:
         (programs / "ffmpeg").symlink_to(wheel_binary)
     assert find_ffmpeg() == (str(programs / "ffmpeg") if on_path else wheel_binary)
-    words = subprocess.run([find_ffmpeg(), "-version"], capture_output=True, check=True).stdout
+    words = subprocess.run([find_ffmpeg(), "-version"], capture_output=True, check=True, timeout=120).stdout
     assert words.startswith(b"ffmpeg version")
     write_demo(tmp_path / "demo", instances=2, val_fraction=0.5, workers=1)
     for name in demo_names(2, 0, 0.5):

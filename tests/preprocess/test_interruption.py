@@ -3,12 +3,13 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from tests.processes import Started, run, started, wait_until
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -20,43 +21,20 @@ def command_for(tree: Path, out: Path, workers: int) -> list[str]:
     return [*command, "--short-side", "48", "--samples-per-shard", "4", "--workers", str(workers)]
 
 
-def wait_for(path: Path, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.01)
-
-
-def processes_with(text: str) -> list[int]:
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            if folder.name.isdigit() and text in (folder / "cmdline").read_bytes().decode("utf-8", "replace"):
-                found.append(int(folder.name))
-        except OSError:
-            continue  # it has ended
-    return found
-
-
-def assert_all_end(text: str, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while left := processes_with(text):
-        assert time.monotonic() < deadline, f"still running: {left}"
-        time.sleep(0.05)
+def assert_all_end(process: Started) -> None:
+    wait_until(lambda: not process.family(), describe=lambda: f"still running: {process.family()}")
 
 
 def test_finished_shards_are_kept(kinetics_tree: Path, small_dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = command_for(kinetics_tree, out, workers=1)
-    process = subprocess.Popen(command, start_new_session=True, cwd=tmp_path)
-    try:
-        wait_for(out / "_progress" / "shard-000000.json")
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with started(*command, cwd=tmp_path) as process:
+        process.wait_until((out / "_progress" / "shard-000000.json").exists)
+        process.signal(signal.SIGKILL, group=True)
+        assert process.wait() == -signal.SIGKILL
     assert not (out / "manifest.json").exists()
     kept = (out / "shard-000000.tar").stat()
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    run(*command, cwd=tmp_path)
     assert contents(out) == contents(small_dataset)
     assert (out / "shard-000000.tar").stat().st_mtime_ns == kept.st_mtime_ns
     assert not list(out.glob(".building-*"))
@@ -76,7 +54,7 @@ def larger_tree(kinetics_tree: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def undisturbed(larger_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("undisturbed")
-    subprocess.run(command_for(larger_tree, out, workers=1), check=True, capture_output=True)
+    run(*command_for(larger_tree, out, workers=1))
     return contents(out)
 
 
@@ -90,21 +68,17 @@ def test_killed_at_random_moments(
     moments = random.Random(7)
     killed_at_work = 0
     for _ in range(5):
-        process = subprocess.Popen(command, start_new_session=True, cwd=tmp_path, stderr=subprocess.DEVNULL)
-        try:
-            wait_for(out / "_progress" / "job.json")
-            deadline = time.monotonic() + 60
-            while not list(out.glob(".building-*")) and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.01)
+        with started(*command, cwd=tmp_path) as process:
+            process.wait_until((out / "_progress" / "job.json").exists)
+            wait_until(lambda process=process: list(out.glob(".building-*")) or not process.running)
             time.sleep(moments.uniform(0.0, 0.6))
             killed_at_work += bool(list(out.glob(".building-*")))
-        finally:
-            (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
-            process.wait()
-        assert_all_end(str(out))
+            if process.running:
+                process.signal(signal.SIGKILL, group=whole_group)
+                process.wait()
+            assert_all_end(process)
     assert killed_at_work >= 2
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    run(*command, cwd=tmp_path)
     assert contents(out) == undisturbed
     assert not list(out.glob(".building-*"))
 
@@ -112,15 +86,11 @@ def test_killed_at_random_moments(
 def test_ctrl_c_leaves_no_process(kinetics_tree: Path, small_dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = command_for(kinetics_tree, out, workers=2)
-    process = subprocess.Popen(command, start_new_session=True, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    wait_for(out / "_progress" / "job.json")
-    deadline = time.monotonic() + 60
-    while not list(out.glob(".building-*/sample")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) != 0
-    assert process.stderr is not None
-    assert "Traceback" not in process.stderr.read()
-    assert_all_end(str(out))
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    with started(*command, cwd=tmp_path) as process:
+        process.wait_until(lambda: list(out.glob(".building-*/sample")))
+        process.signal(signal.SIGINT, group=True)
+        assert process.wait() != 0
+        assert "Traceback" not in process.stderr
+        assert_all_end(process)
+    run(*command, cwd=tmp_path)
     assert contents(out) == contents(small_dataset)

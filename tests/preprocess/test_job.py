@@ -44,7 +44,7 @@ def tree(kinetics_tree: Path, tmp_path: Path) -> Path:
     (root / "class 0" / "video000000.mp4").write_bytes(b"")
     silent = root / "class 1" / "video000001.mp4"
     command = [find_ffmpeg(), "-v", "error", "-i", kinetics_tree / "class 1" / silent.name, "-an", "-c", "copy"]
-    subprocess.run([*command, "-y", silent], check=True)
+    subprocess.run([*command, "-y", silent], check=True, timeout=120)
     return root
 
 

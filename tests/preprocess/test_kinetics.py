@@ -42,7 +42,7 @@ def troubled_tree(kinetics_tree, tmp_path_factory):
     (folder / "hls.mp4").write_text("#EXTM3U\n#EXTINF:10,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n")
     for name, extra in (("silent.mp4", ["-an"]), ("sound only.mp4", ["-vn"])):
         command = [find_ffmpeg(), "-v", "error", "-i", good, *extra, "-c", "copy", "-y", folder / name]
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, timeout=120)
     return root
 
 
@@ -179,7 +179,7 @@ def test_late_sound_keeps_its_clock(tmp_path):
         "aevalsrc='if(between(t,0.6,0.7),sin(6000*t),0)':d=1.6:s=44100",
     ]
     command += ["-vf", "drawbox=color=white:t=fill:enable='between(t,1.0,1.1)'", "-c:v", "libx264", "-c:a", "aac"]
-    subprocess.run([*command, str(folder / "late.mp4")], check=True)
+    subprocess.run([*command, str(folder / "late.mp4")], check=True, timeout=120)
     assert run(tmp_path / "tree", tmp_path / "out").exit_code == 0
     import numpy as np
 

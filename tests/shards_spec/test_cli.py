@@ -1,5 +1,4 @@
 import os
-import subprocess
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ from avid_pipeline.shards_spec.cli import main
 from avid_pipeline.shards_spec.errors import ShardError
 from avid_pipeline.shards_spec.parallel import in_processes, in_threads
 from avid_pipeline.shards_spec.reader import open_dataset
+from tests import processes
 
 COMMANDS = {
     "info": ["info", "ROOT"],
@@ -89,8 +89,7 @@ def test_help_stands_alone():
 
 def test_the_command_line_starts_without_decoders_and_pictures():
     code = "import sys, avid_pipeline.shards_spec.cli; print([m for m in ('av', 'matplotlib') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert processes.run(sys.executable, "-c", code).stdout.strip() == "[]"
 
 
 def test_shards_in_order_from_an_object_store(small_dataset, bucket):

@@ -1,11 +1,8 @@
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
-import time
 
 import boto3
 import obstore
@@ -19,6 +16,7 @@ from avid_pipeline.shards_spec.errors import ManifestError, ShardError, StorageE
 from avid_pipeline.shards_spec.manifest import read_manifest
 from avid_pipeline.shards_spec.storage import open_storage
 from avid_pipeline.shards_spec.validation import validate
+from tests.processes import run, started
 
 LINE = json.dumps({"source": "x", "reason": "unreadable", "detail": "y"}) + "\n"
 
@@ -234,16 +232,10 @@ def many(write_dataset, new_sample, tmp_path):
     return write_dataset(tmp_path / "source", shards)
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "gave up waiting"
-        time.sleep(0.001)
-
-
 def start_copy(*arguments):
-    command = [sys.executable, "-m", "avid_pipeline.shards_spec.cli", "copy", "--workers", "2", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return started(
+        sys.executable, "-m", "avid_pipeline.shards_spec.cli", "copy", "--workers", "2", *arguments, merge=True
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
@@ -253,11 +245,10 @@ def test_killed_in_the_middle_it_goes_on(many, destination, bucket, number):
     finished = {}
     for shard in (3, 20):
         with start_copy(*arguments) as process:
-            wait_for(lambda shard=shard: destination.exists(note(destination, shard)))
-            process.send_signal(number)
-            output, _ = process.communicate(timeout=60)
-        assert process.returncode == (1 if number == signal.SIGINT else -signal.SIGKILL)
-        assert "Traceback" not in output
+            process.wait_until(lambda shard=shard: destination.exists(note(destination, shard)))
+            process.signal(number)
+            assert process.wait() == (1 if number == signal.SIGINT else -signal.SIGKILL)
+            assert "Traceback" not in process.stdout
         assert not destination.exists("manifest.json")
         assert finished.items() <= times_of(destination).items()
         done = {name.removeprefix("_progress/copied-").removesuffix(".json") for name in destination.names("_progress")}
@@ -266,9 +257,8 @@ def test_killed_in_the_middle_it_goes_on(many, destination, bucket, number):
     if local:
         (destination.local_root / ".writing-0123456789abcdef-shard-000119.tar").write_bytes(b"of a killed run")
     with start_copy(*arguments) as process:
-        output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert f"{len(finished)} were there already" in output
+        assert process.wait() == 0, str(process)
+        assert f"{len(finished)} were there already" in process.stdout
     assert finished.items() <= times_of(destination).items()
     assert_equal(many, destination)
 
@@ -307,10 +297,7 @@ def test_memory_is_bounded(write_dataset, new_sample, tmp_path):
         "print(peak() - before)\n"
     )
     command = [sys.executable, "-c", code, str(root), str(tmp_path / "copy")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert 0 < int(done.stdout) < 100
+    assert 0 < int(run(*command).stdout) < 100
     shutil.rmtree(tmp_path / "copy")
 
 

@@ -71,7 +71,7 @@ def server():
         thread.start()
         yield made
         made.shutdown()
-        thread.join()
+        thread.join(60)
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_no_server_at_all():
 
 def test_values_are_loaded_once_and_the_last_used_kept():
     loaded = []
-    started = threading.Barrier(5)
+    started = threading.Barrier(5, timeout=60)
 
     def load(key):
         loaded.append(key)
@@ -235,7 +235,7 @@ def test_values_are_loaded_once_and_the_last_used_kept():
         thread.start()
     started.wait()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert loaded == ["a"]
     assert (cache.ready("a"), cache.ready("b")) == ("aa", None)
     for key in ("b", "a", "c", "a", "b"):

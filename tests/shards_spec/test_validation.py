@@ -4,10 +4,8 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import av
@@ -21,6 +19,7 @@ from avid_pipeline.shards_spec.sample import AudioRecord, Sample, VideoRecord
 from avid_pipeline.shards_spec.shard_file import ShardIndex, load_index
 from avid_pipeline.shards_spec.storage import open_storage
 from avid_pipeline.shards_spec.validation import validate
+from tests.processes import started, wait_until
 
 
 def encode(
@@ -361,18 +360,6 @@ def test_the_command_names_every_problem(write_dataset, new_sample, tmp_path):
     assert "Traceback" not in result.output
 
 
-def members_of_session(session: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupt_leaves_nothing(write_dataset, new_sample, tmp_path, number):
     long = sample_with_video(new_sample, encode(frames=4000, size=(128, 96)), frames=4000, width=128, height=96)
@@ -385,23 +372,10 @@ def test_an_interrupt_leaves_nothing(write_dataset, new_sample, tmp_path, number
     ]
     root = write_dataset(tmp_path / "root", shards)
     command = [sys.executable, "-m", "avid_pipeline.shards_spec.cli", "validate", "--deep", "--workers", "2", str(root)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
+    with started(*command, merge=True) as process:
         # The command, multiprocessing's tracker and two workers; then all are at work.
-        wait_for(lambda: len(members_of_session(process.pid)) >= 4)
-        if number == signal.SIGKILL:
-            process.kill()
-        else:
-            os.killpg(process.pid, number)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == (1 if number == signal.SIGINT else -signal.SIGKILL)
-    assert "Traceback" not in output
-    wait_for(lambda: not members_of_session(process.pid))
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "gave up waiting"
-        time.sleep(0.05)
+        process.wait_until(lambda: len(process.family()) >= 4)
+        process.signal(number, group=number == signal.SIGINT)
+        assert process.wait() == (1 if number == signal.SIGINT else -signal.SIGKILL)
+        assert "Traceback" not in process.stdout
+        wait_until(lambda: not process.family())

@@ -1,6 +1,6 @@
 """One of four processes of test_bank_snapshot.py: saves and loads checkpoints on 1 to 4 of them.
 
-Arguments: rank, number of processes, file to meet at, folder of the runs, file for rank 0's results.
+Arguments: rank, number of processes, file to meet at, file for rank 0's results, folder of the runs.
 """
 
 import sys
@@ -181,7 +181,7 @@ def refused_on_one_rank(folder: Path, rank: int, error: Exception) -> list[Any]:
 
 
 def main() -> None:
-    rank, size, meeting_file, folder, result_file = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    rank, size, meeting_file, result_file, folder = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting_file}", rank=rank, world_size=size)
     groups = {world_size: dist.new_group(list(range(world_size))) for world_size in range(1, size + 1)}

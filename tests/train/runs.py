@@ -6,6 +6,7 @@ from pathlib import Path
 
 from avid_pipeline.train.config import TrainConfig
 from avid_pipeline.train.run_log import read_metrics
+from tests.ranks import run_ranks
 
 SMALL = {
     "epochs": 2,
@@ -27,6 +28,22 @@ def settings(**changes):
 def losses(folder):
     """Step and loss of every line of a run's log."""
     return [(entry["step"], entry["loss/total"]) for entry in read_metrics(folder) if "loss/total" in entry]
+
+
+def train_on_ranks(ranks: int, folder: Path, root: object, runs: dict[str, dict]) -> None:
+    """Train several runs, one after the other, on so many ranks; see runs_worker.py.
+
+    Args:
+        ranks: their number.
+        folder: for the runs' folders and what the ranks meet at.
+        root: of the data.
+        runs: name of each run's folder to its changes.
+    """
+    configs = {name: settings(**changes).model_dump_json() for name, changes in runs.items()}
+    listed = [{"config": config, "data": str(root), "output": str(folder / name)} for name, config in configs.items()]
+    (folder / "runs.json").write_text(json.dumps(listed))
+    steps = run_ranks(Path(__file__).with_name("runs_worker.py"), ranks, folder, str(folder / "runs.json"))
+    assert len(steps) == len(runs)
 
 
 def command(folder: Path, root: object, output: object, /, *options: str, ranks: int | None = None, **changes):

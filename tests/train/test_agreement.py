@@ -1,6 +1,5 @@
 """Agreement search: golden numbers, a written-out reference, ties, any cut of the work, any number of ranks, errors."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from avid_pipeline.errors import ConfigError
 from avid_pipeline.train.agreement import find_positives
 from avid_pipeline.train.nearest_rows import choose_tile
+from tests.processes import run
 from tests.ranks import run_ranks
 
 TESTS = Path(__file__).parents[1]
@@ -165,7 +165,7 @@ def test_gpu_equals_cpu(dtype: torch.dtype) -> None:
 def test_benchmark_runs(tmp_path: Path) -> None:
     arguments = ["--instances", "70,300", "--k", "5", "--rounds", "1", "--dim", "8", "--data", "classes"]
     command = [sys.executable, str(BENCHMARK), *arguments, "--plot", str(tmp_path / "plot.png")]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = run(*command).stdout
     assert "300  all" in output
     assert (tmp_path / "plot.png").stat().st_size > 1000
 

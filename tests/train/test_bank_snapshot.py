@@ -1,8 +1,5 @@
 """Checkpoints of several ranks: real processes on gloo; see checkpoint_worker.py."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ from hypothesis import strategies as st
 from avid_pipeline.errors import CheckpointError
 from avid_pipeline.shards_spec.storage import open_storage
 from avid_pipeline.train.bank_snapshot import BankLayout, has_positives, read_rows, snapshot_shape, write_rows
+from tests.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 RANKS = 4
@@ -24,19 +22,8 @@ RANKS = 4
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "runs").mkdir()
-    arguments = [str(RANKS), str(folder / "meeting"), str(folder / "runs"), str(folder / "results.pt")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, str(WORKER), str(rank), *arguments], env=environment, stderr=subprocess.PIPE)
-        for rank in range(RANKS)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(errors)
-    return torch.load(folder / "results.pt", weights_only=False) | {"folder": folder / "runs"}
+    results = run_ranks(WORKER, RANKS, folder, str(folder / "runs"), weights_only=False)
+    return results | {"folder": folder / "runs"}
 
 
 def test_every_world_size_loads_what_every_other_saved(results):

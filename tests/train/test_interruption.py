@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -15,75 +14,67 @@ from avid_pipeline.shards_spec.storage import open_storage
 from avid_pipeline.train.checkpoint import latest_checkpoint, list_checkpoints, read_record
 from avid_pipeline.train.run_log import read_metrics
 from avid_pipeline.train.trainer import train
-from tests.train.runs import AGREEMENT, SMALL, command, losses, settings
+from tests.processes import processes, run, started
+from tests.train.runs import AGREEMENT, SMALL, command, losses, settings, train_on_ranks
 
-EPOCHS = 8
-EVERY_STEP = {"checkpoint": {"every_steps": 1, "keep": 3}, "epochs": EPOCHS}
+EVERY_STEP = {"checkpoint": {"every_steps": 1, "keep": 3}}
+ONCE = {"checkpoint": {"every_epochs": 100}}
 CMA = {"agreement": AGREEMENT | {"resample_every": 2}}
+KINDS = {"AVID": {}, "AVID+CMA": CMA}
+# On three ranks, for two numbers add up to the same in any order.
+ON_RANKS = {"data": SMALL["data"] | {"batch_size": 6, "clips_per_instance": 2}, "epochs": 4}
 
 
-def start(arguments, folder):
-    return subprocess.Popen(
-        arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+@pytest.fixture(scope="module")
+def calm_on_ranks(small_dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calm")
+    train_on_ranks(3, folder, small_dataset, {kind: ON_RANKS | ONCE | changes for kind, changes in KINDS.items()})
+    return folder
 
 
-def wait_for_steps(process, run, count):
-    deadline = time.monotonic() + 120
-    while len(read_metrics(run)) < count:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def lives(run):
+    """How often a run has been begun or gone on with."""
+    log = run / "train.log"
+    return log.read_text().count("training AVID") if log.exists() else 0
 
 
-def workers(pid):
-    """Processes that a launcher started, by their parent's number in /proc."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if parent == pid:
-            found.append(int(path.parent.name))
-    return sorted(found)
+def workers(process):
+    """The processes that a launcher started, in the order of their ranks."""
+    return sorted(pid for pid, (parent, _) in processes().items() if parent == process.pid)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, CMA], ids=["AVID", "AVID+CMA"])
-def test_kill_9_of_a_rank_under_torchrun_with_restarts(small_dataset, tmp_path, changes):
-    # Both ranks start anew from the newest checkpoint; the user gave no --resume.
-    # Three of them, for two numbers add up to the same in any order.
-    changes = EVERY_STEP | {"data": SMALL["data"] | {"batch_size": 6, "clips_per_instance": 2}, "epochs": 6} | changes
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    scratch = ("--from-scratch",) if "agreement" in changes else ()
-    undisturbed = start(command(tmp_path, small_dataset, calm, *scratch, ranks=3, **changes), tmp_path)
-    output = undisturbed.communicate()[0]
-    assert undisturbed.returncode == 0, output
-    process = start(command(tmp_path, small_dataset, killed, *scratch, ranks=3, **changes), tmp_path)
-    for steps, rank in ((3, 1), (9, 2)):
-        wait_for_steps(process, killed, steps)
-        os.kill(workers(process.pid)[rank], signal.SIGKILL)
-        time.sleep(1)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    assert output.count("training AVID") == 3
-    assert losses(killed) == losses(calm)
-    assert [step for step, _ in losses(killed)] == list(range(1, 19))
+@pytest.mark.parametrize("kind", KINDS)
+def test_kill_9_of_a_rank_under_torchrun_with_restarts(small_dataset, calm_on_ranks, tmp_path, kind):
+    # All ranks start anew from the newest checkpoint; the user gave no --resume.
+    killed = tmp_path / "killed"
+    scratch = ("--from-scratch",) if kind == "AVID+CMA" else ()
+    changes = ON_RANKS | EVERY_STEP | KINDS[kind]
+    with started(*command(tmp_path, small_dataset, killed, *scratch, ranks=3, **changes), merge=True) as process:
+        for life, (steps, rank) in enumerate(((2, 1), (7, 2)), 1):
+            process.wait_until(
+                lambda life=life, steps=steps: (
+                    lives(killed) == life and len(read_metrics(killed)) >= steps and len(workers(process)) == 3
+                )
+            )
+            os.kill(workers(process)[rank], signal.SIGKILL)
+        assert process.wait() == 0, str(process)
+        assert process.stdout.count("training AVID") == 3
+    assert losses(killed) == losses(calm_on_ranks / kind)
+    assert [step for step, _ in losses(killed)] == list(range(1, 13))
 
 
-@pytest.mark.parametrize("changes", [{}, CMA], ids=["AVID", "AVID+CMA"])
-def test_sigterm_writes_a_checkpoint_in_the_middle_of_an_epoch(small_dataset, tmp_path, changes):
+@pytest.mark.parametrize("kind", KINDS)
+def test_sigterm_writes_a_checkpoint_in_the_middle_of_an_epoch(small_dataset, tmp_path, kind):
     data = SMALL["data"] | {"batch_size": 2, "clips_per_instance": 2}
-    changes = {"epochs": 4, "data": data, "checkpoint": {"every_epochs": 100}} | changes
+    changes = {"epochs": 3, "data": data} | ONCE | KINDS[kind]
     train(settings(**changes), str(small_dataset), str(tmp_path / "calm"), from_scratch=True)
     stopped = tmp_path / "stopped"
-    process = start(command(tmp_path, small_dataset, stopped, "--from-scratch", **changes), tmp_path)
-    wait_for_steps(process, stopped, 13)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate()[0]
-    assert process.returncode == 143, output
-    assert "stopped by SIGTERM" in output
+    with started(*command(tmp_path, small_dataset, stopped, "--from-scratch", **changes), merge=True) as process:
+        process.wait_until(lambda: len(read_metrics(stopped)) >= 12)
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 143, str(process)
+        assert "stopped by SIGTERM" in process.stdout
     root = open_storage(stopped)
     stream = read_record(root).stream
     assert stream["epoch"] == stream["step"] // 10
@@ -95,28 +86,27 @@ def test_sigterm_writes_a_checkpoint_in_the_middle_of_an_epoch(small_dataset, tm
 @pytest.mark.slow
 def test_kill_9_at_any_moment_loses_at_most_the_steps_since_the_checkpoint(small_dataset, tmp_path):
     calm, killed = tmp_path / "calm", tmp_path / "killed"
-    train(settings(**EVERY_STEP), str(small_dataset), str(calm))
-    arguments = command(tmp_path, small_dataset, killed, "--resume", **EVERY_STEP)
+    train(settings(epochs=7, **ONCE), str(small_dataset), str(calm))
+    arguments = command(tmp_path, small_dataset, killed, "--resume", epochs=7, **EVERY_STEP)
     kills = 0
-    for extra in range(4):
-        process = start(arguments, tmp_path)
-        wait_for_steps(process, killed, 2 + 3 * extra)
-        time.sleep(0.013 * extra)  # at other places of a step or of a save
-        os.killpg(process.pid, signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        process.communicate()
+    for extra in range(3):
+        with started(*arguments) as process:
+            process.wait_until(lambda extra=extra: len(read_metrics(killed)) >= 2 + 3 * extra)
+            time.sleep(0.02 * extra)  # at other places of a step or of a save
+            if process.running:
+                process.signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
         saved = read_record(open_storage(killed)).stream["step"]
         assert saved >= losses(killed)[-1][0] - 1
-    assert kills >= 3
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert kills >= 2
+    run(*arguments)
     assert losses(killed) == losses(calm)
 
 
 @pytest.fixture(scope="module")
 def four_checkpoints(small_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    config = settings(**EVERY_STEP | {"epochs": 2, "checkpoint": {"every_steps": 1}}, **CMA)
+    config = settings(epochs=2, checkpoint={"every_steps": 1}, **CMA)
     train(config, str(small_dataset), str(folder), from_scratch=True)
     assert len(list_checkpoints(open_storage(folder))) == 5  # one before the first step
     return folder, config

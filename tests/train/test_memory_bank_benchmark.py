@@ -1,12 +1,12 @@
 """The memory bank's benchmark runs, small, and prints its ratios and each rank's memory."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory_bank.py"
 
@@ -14,15 +14,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory_bank.py"
 @pytest.mark.slow
 def test_prints_ratios_and_memory_per_rank() -> None:
     small = ["--instances", "20000", "--negatives", "32", "--batch", "4", "--rounds", "1", "--threads", "1"]
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARK), *small],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run(sys.executable, BENCHMARK, *small)
     ratios = re.search(r"AVID ratio (\d+\.\d\d) \(limit 0\.6\); AVID\+CMA ratio (\d+\.\d\d)", done.stdout)
     assert ratios is not None, done.stdout
     assert all(float(ratio) > 0 for ratio in ratios.groups())

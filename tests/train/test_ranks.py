@@ -1,6 +1,6 @@
 """A run on two ranks: its losses are those of one process on the same global batches."""
 
-import subprocess
+import functools
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from avid_pipeline.train.checkpoint import latest_checkpoint, restore_bank
 from avid_pipeline.train.memory_bank import MemoryBank
 from avid_pipeline.train.run_log import read_metrics
 from avid_pipeline.train.trainer import train
-from tests.train.runs import AGREEMENT, SMALL, command, losses, settings
+from tests.train.runs import AGREEMENT, SMALL, losses, settings, train_on_ranks
 
 # In float32, rounding decides which of two nearly equal values ReLU and max pooling let through, and that grows: the
 # losses of one process and two agree for a few steps only, as do those of one process and itself with its clips in
@@ -33,6 +33,8 @@ CASES = {
     },
     "memories by a pass": {"memory": {"init": "forward"}},
 }
+HALF = EXACT | {"epochs": 1}
+FLOAT32 = HALF | {"compute": {"precision": "float32"}}
 
 
 def bank(folder):
@@ -41,22 +43,41 @@ def bank(folder):
     return torch.stack(found.full())
 
 
+@pytest.fixture(scope="module")
+def of_two_ranks(small_dataset, tmp_path_factory):
+    """Folder of what two ranks have trained: all cases, and two short runs."""
+    folder = tmp_path_factory.mktemp("two")
+    evaluation = {"evaluation": {"data": str(small_dataset)}}
+    runs = {case: EXACT | changes | evaluation for case, changes in CASES.items()}
+    train_on_ranks(2, folder, small_dataset, runs | {"half": HALF, "float32": FLOAT32})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_one_process(small_dataset, tmp_path_factory):
+    """Gives the folder of what one process has trained."""
+
+    @functools.cache
+    def folder_of(case):
+        folder = tmp_path_factory.mktemp("one")
+        config = settings(**EXACT | CASES[case], evaluation={"data": str(small_dataset)})
+        train(config, str(small_dataset), str(folder), from_scratch=True)
+        return folder
+
+    return folder_of
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_are_one_process(small_dataset, tmp_path, case):
-    changes = EXACT | CASES[case]
-    two, one = tmp_path / "two", tmp_path / "one"
-    evaluation = {"evaluation": {"data": str(small_dataset)}}
-    arguments = command(tmp_path, small_dataset, two, "--from-scratch", ranks=2, **changes, **evaluation)
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "2 process(es)" in done.stdout
-    train(settings(**changes, **evaluation), str(small_dataset), str(one), from_scratch=True)
+def test_two_ranks_are_one_process(of_two_ranks, of_one_process, case):
+    two, one = of_two_ranks / case, of_one_process(case)
+    assert "2 process(es)" in (two / "train.log").read_text()
     assert [step for step, _ in losses(two)] == list(range(1, 5))
     assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], rel=1e-5)
     torch.testing.assert_close(bank(two), bank(one), rtol=0, atol=1e-4)
+    found = load_pretrained(two).state_dict()
     for name, expected in load_pretrained(one).state_dict().items():
-        torch.testing.assert_close(load_pretrained(two).state_dict()[name], expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-4)
     of_two, of_one = (
         [entry for entry in read_metrics(folder) if any(name.startswith("retrieval/") for name in entry)]
         for folder in (two, one)
@@ -70,27 +91,17 @@ def test_two_ranks_are_one_process(small_dataset, tmp_path, case):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_at_another_number_of_ranks(small_dataset, tmp_path):
-    train(settings(**EXACT), str(small_dataset), str(tmp_path / "one"))
-    moved = tmp_path / "moved"
-    half = EXACT | {"epochs": 1}
-    begun = command(tmp_path, small_dataset, moved, ranks=2, **half)
-    done = subprocess.run(begun, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    state = train(settings(**EXACT), str(small_dataset), str(moved), resume=True)
+def test_a_run_goes_on_at_another_number_of_ranks(small_dataset, of_two_ranks, of_one_process):
+    state = train(settings(**EXACT), str(small_dataset), str(of_two_ranks / "half"), resume=True)
     assert state.step == 4
-    expected = [loss for _, loss in losses(tmp_path / "one")]
-    assert [loss for _, loss in losses(moved)] == pytest.approx(expected, rel=1e-5)
+    expected = [loss for _, loss in losses(of_one_process("AVID"))]
+    assert [loss for _, loss in losses(of_two_ranks / "half")] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow
-def test_float32_begins_alike(small_dataset, tmp_path):
-    changes = EXACT | {"epochs": 1, "compute": {"precision": "float32"}}
-    arguments = command(tmp_path, small_dataset, tmp_path / "two", ranks=2, **changes)
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    train(settings(**changes), str(small_dataset), str(tmp_path / "one"))
-    (_, first), (_, second) = losses(tmp_path / "two")
-    (_, expected), (_, later) = losses(tmp_path / "one")
+def test_float32_begins_alike(small_dataset, of_two_ranks, tmp_path):
+    train(settings(**FLOAT32), str(small_dataset), str(tmp_path))
+    (_, first), (_, second) = losses(of_two_ranks / "float32")
+    (_, expected), (_, later) = losses(tmp_path)
     assert first == pytest.approx(expected, rel=1e-5)
     assert second == pytest.approx(later, rel=1e-2)

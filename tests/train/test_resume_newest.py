@@ -1,10 +1,8 @@
 """Saving and going on: what stays, what is taken up, after damage, after a kill, on disk and in an object store."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
@@ -28,6 +26,7 @@ from avid_pipeline.train.checkpoint import (
     resume_newest,
 )
 from avid_pipeline.train.memory_bank import MemoryBank
+from tests import processes
 
 HERE = Path(__file__).parent
 
@@ -211,13 +210,7 @@ def test_a_save_that_fails_leaves_the_one_before(root, monkeypatch):
 
 
 def test_killed_while_saving(tmp_path):
-    script = HERE / "killed_save_worker.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "0"], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    lives = json.loads(done.stdout)
+    lives = json.loads(processes.run(sys.executable, HERE / "killed_save_worker.py", tmp_path, 0).stdout)
     # Every life went on from a whole checkpoint (the worker compares its contents), and lost none that was saved.
     assert lives[0]["resumed"] == 0
     for before, after in pairwise(lives):

@@ -188,7 +188,7 @@ def encoded_clip(tmp_path, *extra, first=0, size="64x48", frames=10):
     path = tmp_path / "one.mp4"
     source = f"color=size={size}:rate=16:color=red"
     command = [find_ffmpeg(), "-v", "error", "-y", "-f", "lavfi", "-i", source, "-frames:v", str(frames)]
-    subprocess.run([*command, "-pix_fmt", "yuv420p", *extra, "-c:v", "libx264", path], check=True)
+    subprocess.run([*command, "-pix_fmt", "yuv420p", *extra, "-c:v", "libx264", path], check=True, timeout=120)
     picture = np.frombuffer(path.read_bytes(), np.uint8)
     return HostClip(0, 0, picture, first, None, evaluation_augmentation(48, 64))
 
@@ -271,7 +271,9 @@ def gpu_dataset(tmp_path_factory):
         sound = f"sine=frequency={300 + 50 * number}:sample_rate=44100"
         command = [find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", picture, "-f", "lavfi", "-i", sound, "-t", "4"]
         colours = ["-colorspace", "bt709"] if number % 2 else []
-        subprocess.run([*command, "-pix_fmt", "yuv420p", *colours, "-c:v", "libx264", "-c:a", "aac", path], check=True)
+        subprocess.run(
+            [*command, "-pix_fmt", "yuv420p", *colours, "-c:v", "libx264", "-c:a", "aac", path], check=True, timeout=120
+        )
     run_job(list_kinetics(tree), Parameters(samples_per_shard=4), str(root), LocalExecutor(1))
     return root
 

@@ -244,7 +244,7 @@ def test_decoding_inside_of_the_graph_takes_the_frames_it_is_told(tmp_path, code
         path = tmp_path / f"{index}.mp4"
         source = f"color=size={size}:rate=16,geq=lum=20+25*N+X/2:cb=128:cr=128"
         command = [find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", source, "-frames:v", "7", "-pix_fmt", "yuv420p"]
-        subprocess.run([*command, "-c:v", codec, "-q:v", "3", "-b:v", "2M", "-g", "4", path], check=True)
+        subprocess.run([*command, "-c:v", codec, "-q:v", "3", "-b:v", "2M", "-g", "4", path], check=True, timeout=120)
         width, height = (int(side) for side in size.split("x"))
         encoded = np.frombuffer(path.read_bytes(), np.uint8)
         clips.append(host_clip(encoded, crop=CropBox(0, 0, height, width)))

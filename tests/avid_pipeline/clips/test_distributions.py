@@ -1,6 +1,5 @@
 """What is drawn, against the documented formulas of torchvision's transforms, and what it is keyed by."""
 
-import subprocess
 import sys
 from itertools import pairwise, product
 
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from avid_pipeline.clips.augmentation import IMAGENET_STD, clip_generator, draw_augmentation
 from avid_pipeline.clips.settings import AugmentationSettings
+from tests.processes import run
 
 # Kolmogorov and Smirnov: one in a million pairs of samples of one distribution is further apart (times sqrt(1/n)).
 FAR_APART = 2.7
@@ -235,8 +235,7 @@ def test_another_process_draws_the_same_in_any_order():
         "import sys; sys.path.insert(0, sys.argv[1]); from test_distributions import KEYS, fingerprint_of\n"
         "print('\\n'.join(reversed(fingerprint_of(list(reversed(KEYS))))))"
     )
-    command = [sys.executable, "-c", program, __file__.rsplit("/", 1)[0]]
-    there = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    there = run(sys.executable, "-c", program, __file__.rsplit("/", 1)[0]).stdout.splitlines()
     assert there == here
     assert len(set(here)) == len(KEYS)
 

@@ -34,7 +34,7 @@ def made_video(tmp_path_factory):
     path = tmp_path_factory.mktemp("host") / "made.mp4"
     source = "mandelbrot=size=340x256:rate=16:start_scale=0.2,gblur=sigma=1.5,noise=alls=4"
     command = [find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", source, "-t", "2", "-pix_fmt", "yuv420p"]
-    subprocess.run([*command, "-c:v", "libx264", "-preset", "ultrafast", "-g", "8", path], check=True)
+    subprocess.run([*command, "-c:v", "libx264", "-preset", "ultrafast", "-g", "8", path], check=True, timeout=120)
     return path.read_bytes()
 
 
@@ -124,6 +124,7 @@ def test_other_codings_give_the_same_colours(tmp_path: Path, pixel_format, extra
     subprocess.run(
         [*command, "-pix_fmt", pixel_format, *extra, "-c:v", "libx264", "-qp", "4", "-preset", "ultrafast", path],
         check=True,
+        timeout=120,
     )
     augmentation = Augmentation(CropBox(0, 0, 120, 160), colour_matrix(), 0.0)
     fast, reference = both(path.read_bytes(), augmentation, 112, count=2)

@@ -49,7 +49,7 @@ def three_videos(kinetics_tree, tmp_path_factory):
     for path in found[:2]:
         shutil.copy(path, tree)
     command = [find_ffmpeg(), "-v", "error", "-i", found[2], "-an", "-c", "copy", tree / found[2].name]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, timeout=120)
     return tree
 
 

@@ -1,8 +1,5 @@
 """Batch norm over groups of clips gives the same on any number of ranks as torch's own on one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from avid_pipeline.collectives import RankGroup
 from avid_pipeline.errors import ConfigError
 from avid_pipeline.models import AVModel
 from avid_pipeline.models.batch_norm import averaged_batch_norm, averaged_statistics, group_batch_norms
+from tests.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("batch_norm_worker.py")
 CLIPS = 12
@@ -72,31 +70,8 @@ def reference(clips_per_group: int | None, **settings: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one to four processes computed; see batch_norm_worker.py."""
-    folder = tmp_path_factory.mktemp("batch_norm")
-    return {name: value for size in GROUPS for name, value in run_worker(folder, size).items()}
-
-
-def run_worker(folder: Path, size: int) -> dict[str, Any]:
-    meeting, file = folder / f"meeting{size}", folder / f"results{size}.pt"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(size), str(meeting), str(file)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
+    """What four processes computed in groups of one to four of them; see batch_norm_worker.py."""
+    return run_ranks(WORKER, 4, tmp_path_factory.mktemp("batch_norm"))
 
 
 def assert_equal(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:

@@ -82,7 +82,7 @@ def serve():
     for server, thread in servers:
         server.shutdown()
         server.server_close()
-        thread.join()
+        thread.join(60)
 
 
 def assert_same_model(loaded, expected):

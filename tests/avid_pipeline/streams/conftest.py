@@ -84,7 +84,7 @@ class FaultyProxy:
     def close(self) -> None:
         self.closing.set()
         self._server.shutdown()
-        self._thread.join()
+        self._thread.join(60)
         self._server.server_close()
 
 

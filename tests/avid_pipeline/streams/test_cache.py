@@ -19,6 +19,7 @@ from avid_pipeline.errors import ConfigError, StorageError
 from avid_pipeline.shards_spec.reader import open_dataset
 from avid_pipeline.streams.cache import OWN_FOLDER, DiskCache
 from avid_pipeline.streams.fetching import SampleFetcher
+from tests.processes import wait_until
 
 PIECE = 4096
 
@@ -91,7 +92,7 @@ def test_the_least_recently_used_goes_first(tmp_path):
 
 def test_threads_fetch_a_piece_once(tmp_path):
     source, cache = Source(content(0)), DiskCache(tmp_path, 100 * PIECE, piece_bytes=PIECE)
-    arrived = threading.Barrier(8)
+    arrived = threading.Barrier(8, timeout=60)
 
     def slow(start, length):
         time.sleep(0.2)
@@ -160,17 +161,16 @@ def _hammer(folder, seed, bound, seconds):
 def test_processes_share_a_folder_and_its_bound(tmp_path):
     bound = 10 * PIECE
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_hammer, args=(tmp_path, seed, bound, 2.0)) for seed in range(4)]
+    workers = [context.Process(target=_hammer, args=(tmp_path, seed, bound, 2.0), daemon=True) for seed in range(4)]
     for worker in workers:
         worker.start()
     most = 0
-    while not (tmp_path / OWN_FOLDER / ".used-bytes").exists():
-        time.sleep(0.01)
+    wait_until((tmp_path / OWN_FOLDER / ".used-bytes").exists)
     while any(worker.is_alive() for worker in workers):
         most = max(most, _total_now(tmp_path))
         time.sleep(0.002)
     for worker in workers:
-        worker.join()
+        worker.join(60)
         assert worker.exitcode == 0
     assert 0 < most <= bound
     # Nobody was killed, so the count is exact.
@@ -189,11 +189,13 @@ def test_kill_9_leaves_a_cache_that_works(tmp_path, round_number):
     bound = 10 * PIECE
     context = multiprocessing.get_context("fork")
     for seed in range(4):
-        worker = context.Process(target=_hammer, args=(tmp_path, seed, bound, 60.0))
+        worker = context.Process(target=_hammer, args=(tmp_path, seed, bound, 60.0), daemon=True)
         worker.start()
+        wait_until((tmp_path / OWN_FOLDER / "f").exists)
         time.sleep(0.1 + 0.05 * random.random())
         os.kill(worker.pid, signal.SIGKILL)
-        worker.join()
+        worker.join(60)
+        assert worker.exitcode == -signal.SIGKILL
     abandoned = tmp_path / OWN_FOLDER / "f" / ".writing-4096-0123456789abcdef"
     abandoned.write_bytes(b"half a piece")
     _hammer(tmp_path, 99, bound, 0.3)

@@ -227,7 +227,8 @@ def test_every_wanted_sample_comes_within_the_bound(places, sizes, bound, reader
     take(last)
     queue.close()
     for thread in threads:
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive()
     assert queue.most_bytes <= max(bound, max(sizes)) + max(sizes)
     assert queue.held_bytes == 0
 

@@ -2,11 +2,10 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from avid_pipeline.preprocess.job import plan_tasks
 from avid_pipeline.preprocess.sources.kinetics import list_kinetics
 from avid_pipeline.shards_spec.manifest import Parameters, VideoParameters
 from tests.conftest import make_video
+from tests.processes import Started, descendants, processes, started
 
 SMALL = Parameters(video=VideoParameters(short_side=48), samples_per_shard=4)
 
@@ -29,31 +29,6 @@ def make_tasks(tree: Path, root: Path):
 def files(root: Path) -> dict[str, bytes]:
     """Every file below a root, those of ``_progress`` too."""
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
-def processes() -> dict[int, tuple[int, str]]:
-    """Process id to parent and command line of all running processes."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                status = (entry / "stat").read_text().rpartition(")")[2].split()
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if status[0] != "Z":
-                found[int(entry.name)] = (int(status[1]), command)
-    return found
-
-
-def descendants(pid: int) -> set[int]:
-    table = processes()
-    found: set[int] = set()
-    generation = {pid}
-    while generation:
-        generation = {child for child, (parent, _) in table.items() if parent in generation}
-        found |= generation
-    return found
 
 
 def converters(pid: int, tree: Path) -> dict[int, int]:
@@ -71,14 +46,6 @@ def _reads(command: str, tree: Path) -> bool:
     return f"file:{tree}" in command and "ffmpeg" in command.split(" ")[0]
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Wait for something that must come; the limit is only there for what never comes."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.02)
-
-
 @dataclass
 class Killer:
     """Kills workers with SIGKILL while their ffmpeg runs, as soon as ``ready`` says so.
@@ -94,18 +61,20 @@ class Killer:
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> "Killer":
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(60)
+        assert not self._thread.is_alive()
 
     def _run(self) -> None:
-        while len(self.killed) < self.most and not self._stop.wait(0.01):
+        while len(self.killed) < self.most and not self._stop.wait(0.03):
             workers = set(converters(os.getpid(), self.tree).values()) - set(self.killed) if self.ready() else set()
             for worker in sorted(workers)[:1]:
+                assert worker != os.getpid()
                 os.kill(worker, signal.SIGKILL)
                 self.killed.append(worker)
 
@@ -129,27 +98,15 @@ def endless_tree(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def start_job(endless_tree, tmp_path):
+def start_job(endless_tree, tmp_path) -> Iterator[Callable[..., Started]]:
     """Starts ``avid-preprocess`` on the endless tree; gives the process when two ffmpeg run."""
-    started = []
 
-    def start(*arguments: str) -> subprocess.Popen:
+    def start(*arguments: object, **options: object) -> Started:
         command = [sys.executable, "-m", "avid_pipeline.preprocess.cli", "kinetics", endless_tree, tmp_path / "out"]
         command += ["--missing-audio", "keep", "--preset", "veryslow", "--samples-per-shard", "1", "--workers", "2"]
-        process = subprocess.Popen(
-            [*map(str, command), *arguments],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            # Shells without job control start background processes with SIGINT ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        started.append(process)
-        wait_until(lambda: process.poll() is not None or len(converters(process.pid, endless_tree)) == 2)
-        assert process.poll() is None, process.communicate()
+        process = stack.enter_context(started(*command, *arguments, **options))
+        process.wait_until(lambda: len(converters(process.pid, endless_tree)) == 2)
         return process
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    with ExitStack() as stack:
+        yield start

@@ -1,12 +1,13 @@
-import os
 import signal
+import sys
 
 import pytest
 
 from avid_pipeline.preprocess.errors import PreprocessError
 from avid_pipeline.preprocess.executors.local import LocalExecutor
+from tests.processes import descendants, processes, run, wait_until
 
-from .conftest import Killer, descendants, ffmpegs, make_tasks, processes, wait_until
+from .conftest import Killer, ffmpegs, make_tasks
 
 
 def test_every_source_counts_once(kinetics_tree, tmp_path):
@@ -30,11 +31,40 @@ def test_killed_worker_is_one_clear_error(slow_tree, tmp_path):
 def test_stopped_command_leaves_no_process(start_job, endless_tree, tmp_path, number):
     process = start_job()
     below = descendants(process.pid)
-    os.kill(process.pid, number)
-    output = process.communicate()
-    assert process.returncode != 0
-    assert "Traceback" not in output[1]
-    wait_until(lambda: not below & processes().keys())
+    process.signal(number)
+    assert process.wait() != 0
+    assert "Traceback" not in process.stderr
+    wait_until(lambda: not below & processes().keys() and not process.family())
     assert not ffmpegs(endless_tree)
     if number == signal.SIGINT:
         assert not list((tmp_path / "out").glob(".building-*"))
+
+
+SWALLOWED = """
+import os, signal, sys
+from avid_pipeline.preprocess.executors import local
+
+class Stopped:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("not reached")
+
+sys.unraisablehook = local._note_swallowed
+signal.signal(signal.SIGTERM, local._raise_exit)
+for time in range(3):
+    print("terminated", time)
+    Stopped()
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("not reached")
+finally:
+    os.kill(os.getpid(), signal.SIGTERM)  # which does not interrupt cleaning up
+    print("cleaned up")
+"""
+
+
+def test_a_termination_that_a_destructor_swallows_is_not_the_last():
+    done = run(sys.executable, "-c", SWALLOWED, check=False)
+    assert done.stdout.splitlines() == ["terminated 0", "terminated 1", "terminated 2", "cleaned up"]
+    assert done.stderr == ""
+    assert done.returncode == 128 + signal.SIGTERM

@@ -1,7 +1,12 @@
-import os
+"""The Ray executor. All that starts a Ray runs in processes of its own; see ray_worker.py."""
+
+import json
 import secrets
+import shutil
 import signal
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,28 +18,46 @@ from avid_pipeline.preprocess.executors.local import LocalExecutor
 from avid_pipeline.preprocess.executors.ray import ProgressCount, RayExecutor
 from avid_pipeline.preprocess.job import run_job
 from avid_pipeline.preprocess.sources.kinetics import list_kinetics
-from avid_pipeline.shards_spec.errors import StorageError
+from tests.conftest import REPOSITORY
+from tests.processes import descendants, processes, started, wait_until
 
-from .conftest import SMALL, Killer, descendants, ffmpegs, files, make_tasks, processes, wait_until
+from .conftest import SMALL, ffmpegs, files, make_tasks
 
-# Ray reads it once in a process.
-TOKEN = secrets.token_hex(32)
-
-
-@pytest.fixture(autouse=True)
-def _own_ray(monkeypatch):
-    """No cluster of the machine, and nothing of Ray's in the home folder."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+WORKER = "tests.preprocess.executors.ray_worker"
 
 
-def convert(tree, root, executor):
-    """Run a job; gives the files and how many sources were counted."""
+@pytest.fixture
+def own_ray():
+    """Environment for a Ray with a folder of its own, no cluster of the machine, and nothing of it in the home folder.
+
+    The folder's path is short, for those of sockets are limited.
+    """
+    folder = tempfile.mkdtemp(prefix="ray-")
+    token = secrets.token_hex(32)
+    yield {"RAY_ADDRESS": None, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_TMPDIR": folder}
+    shutil.rmtree(folder)
+
+
+def run_worker(env: dict[str, str | None], *arguments: object) -> dict[str, dict]:
+    """Run ray_worker.py; gives what it reports of its jobs."""
+    with started(sys.executable, "-m", WORKER, *arguments, cwd=REPOSITORY, env=env) as process:
+        assert process.wait() == 0, str(process)
+        wait_until(lambda: not process.family())
+        lines = [json.loads(line) for line in process.stdout.splitlines() if line.startswith('{"job"')]
+    return {line["job"]: line for line in lines}
+
+
+def convert(tree: Path, root: Path, workers: int = 1) -> dict[str, bytes]:
+    """What local processes make of a tree."""
     count = []
-    run_job(list_kinetics(tree), SMALL, str(root), executor, on_source=lambda: count.append(1))
-    assert not list(root.glob(".building-*"))
-    return files(root), len(count)
+    run_job(list_kinetics(tree), SMALL, str(root), LocalExecutor(workers), on_source=lambda: count.append(1))
+    assert len(count) == len(list_kinetics(tree).sources)
+    return files(root)
+
+
+@pytest.fixture(scope="module")
+def slow_files(slow_tree, tmp_path_factory):
+    return convert(slow_tree, tmp_path_factory.mktemp("slow") / "one", 2)
 
 
 @given(
@@ -57,87 +80,48 @@ def test_progress_counts_every_source_once(case):
 
 
 @pytest.mark.slow
-def test_same_bytes_as_local(kinetics_tree, tmp_path, monkeypatch):
-    expected, _ = convert(kinetics_tree, tmp_path / "one", LocalExecutor(1))
-    assert convert(kinetics_tree, tmp_path / "two", LocalExecutor(2)) == (expected, 10)
-    monkeypatch.chdir(tmp_path)
-    assert convert(kinetics_tree, tmp_path / "ray", RayExecutor(None, 2)) == (expected, 10)
+def test_same_bytes_as_local(kinetics_tree, tmp_path, own_ray):
+    expected = convert(kinetics_tree, tmp_path / "one")
+    assert convert(kinetics_tree, tmp_path / "two", 2) == expected
+    assert run_worker(own_ray, "own", tmp_path, kinetics_tree)["own"]["sources"] == 10
+    assert files(tmp_path / "own") == expected
     assert {"manifest.json", "_progress/shard-000002.json", "shard-000002.tar"} < expected.keys()
-    wait_until(lambda: not [pid for pid in descendants(os.getpid()) if "ray" in processes().get(pid, (0, ""))[1]])
 
 
 @pytest.mark.slow
-def test_killed_worker_s_shard_is_built_again(slow_tree, tmp_path):
-    expected, _ = convert(slow_tree, tmp_path / "one", LocalExecutor(1))
-    count = []
-    with Killer(slow_tree, lambda: len(count) > 0, most=1) as killer:
-        run_job(
-            list_kinetics(slow_tree),
-            SMALL,
-            str(tmp_path / "ray"),
-            RayExecutor(None, 2),
-            on_source=lambda: count.append(1),
-        )
-    assert len(killer.killed) == 1
-    assert files(tmp_path / "ray") == expected
-    assert len(count) == 8
-    assert not list((tmp_path / "ray").glob(".building-*"))
+def test_jobs_in_a_ray_that_runs(kinetics_tree, slow_tree, slow_files, tmp_path, own_ray):
+    found = run_worker(own_ray, "one", tmp_path, kinetics_tree, slow_tree)
+    # The shard of a killed worker is built again.
+    assert found["killed"] == {"job": "killed", "sources": 8, "killed": 1}
+    assert files(tmp_path / "killed") == slow_files
+    # Errors of ours come out as themselves.
+    kind, message = found["blocked"]["error"]
+    assert kind == "StorageError"
+    assert "cannot write" in message
+    # A shard that kills its workers ends the job.
+    kind, message = found["dies"]["error"]
+    assert kind == "PreprocessError"
+    assert message.startswith("shard-00000")
+    assert ".tar: its Ray task died 2 times" in message
+    assert found["dies"]["killed"] == 2
+    # The program's Ray is not the job's to end.
+    assert found["still connected"]["connected"]
 
 
 @pytest.mark.slow
-def test_shard_that_kills_its_workers_ends_the_job(slow_tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_module, "MOST_RETRIES", 1)
-    tasks = make_tasks(slow_tree, tmp_path / "out")
-    with (
-        Killer(slow_tree, lambda: True, most=20) as killer,
-        pytest.raises(PreprocessError, match=r"shard-\d{6}\.tar: its Ray task died 2 times"),
-    ):
-        list(RayExecutor(None, 1).run(tasks[:1], lambda: None))
-    assert len(killer.killed) == 2
+def test_lost_node(slow_tree, slow_files, tmp_path, own_ray):
+    assert run_worker(own_ray, "lost", tmp_path, slow_tree)["lost"] == {"job": "lost", "sources": 8, "left": 0}
+    assert files(tmp_path / "lost") == slow_files
 
 
 @pytest.mark.slow
-def test_lost_node(slow_tree, tmp_path):
-    """The driver is on one node; the other is killed while it builds a shard."""
-    from ray.cluster_utils import Cluster
-
-    expected, _ = convert(slow_tree, tmp_path / "one", LocalExecutor(1))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        nodes = [cluster.add_node(num_cpus=1)]
-
-        def on_source():
-            count.append(1)
-            if nodes:
-                cluster.remove_node(nodes.pop(), allow_graceful=False)
-
-        count = []
-        executor = RayExecutor(cluster.address)
-        run_job(list_kinetics(slow_tree), SMALL, str(tmp_path / "ray"), executor, on_source=on_source)
-    finally:
-        cluster.shutdown()
-    assert files(tmp_path / "ray") == expected
-    assert len(count) == 8
-
-
-@pytest.mark.slow
-def test_our_errors_come_out_as_themselves(kinetics_tree, tmp_path):
-    tasks = make_tasks(kinetics_tree, tmp_path / "out")
-    (tmp_path / "out" / "_progress").write_text("a file where a folder must be")
-    with pytest.raises(StorageError, match="cannot write") as caught:
-        list(RayExecutor(None, 2).run(tasks, lambda: None))
-    assert type(caught.value) is StorageError
-
-
-@pytest.mark.slow
-def test_ctrl_c_leaves_no_process(start_job, endless_tree, tmp_path):
-    process = start_job("--executor", "ray")
+def test_ctrl_c_leaves_no_process(start_job, endless_tree, tmp_path, own_ray):
+    process = start_job("--executor", "ray", env=own_ray)
     below = descendants(process.pid)
-    os.kill(process.pid, signal.SIGINT)
-    output = process.communicate()
-    assert process.returncode != 0
-    assert "Traceback" not in output[1]
-    wait_until(lambda: not below & processes().keys())
+    process.signal(signal.SIGINT)
+    assert process.wait() != 0
+    assert "Traceback" not in process.stderr
+    wait_until(lambda: not below & processes().keys() and not process.family())
     assert not ffmpegs(endless_tree)
     assert not list((tmp_path / "out").glob(".building-*"))
 
@@ -155,6 +139,7 @@ def test_node_that_does_not_see_the_files(kinetics_tree, tmp_path):
 
 
 def test_without_ray_installed(kinetics_tree, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(PreprocessError, match=r"pip install 'avid-pipeline\[ray\]'"):
         next(RayExecutor().run(make_tasks(kinetics_tree, tmp_path), lambda: None))
