@@ -79,10 +79,15 @@ def lines(root: Path, seeds: Sequence[int]) -> Iterator[str]:
                 read_results(open_storage(root / "evaluation" / f"{folder}-{method}-{seed}")).tables[table]
                 for seed in seeds
             ]
-            values = [100 * (each.rows[row][column] or 0.0) for each in found]
+            values = [100 * _figure(each.rows[row][column]) for each in found]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         yield f"| {title} | " + " | ".join(cells) + " |"
+
+
+def _figure(value: float | None) -> float:
+    assert value is not None, "nothing was counted"
+    return value
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from avid_pipeline.shards_spec.command_line import FriendlyGroup
 @click.group(cls=FriendlyGroup)
 @click.version_option(package_name="avid-pipeline")
 def main() -> None:
-    """Evaluate a checkpoint: a run folder, a checkpoint folder of it, or a published .pth.tar file.
+    """Evaluate a checkpoint: a run folder, a checkpoint folder of it, a published .pth.tar file, or .safetensors.
 
     Alone it is one process; under torchrun the ranks share the work, with the same numbers:
     torchrun --nproc-per-node 8 -m avid_pipeline.evaluate knn CHECKPOINT --data ROOT.

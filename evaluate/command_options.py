@@ -26,7 +26,8 @@ def feature_options(clips: int) -> Callable[[_Command], _Command]:
                      "instance, spread evenly."),
         click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Clips in a "
                      "forward pass, on each rank."),
-        click.option("--precision", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"])),
+        click.option("--precision", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]),
+                     help="Of convolutions and matrix products."),
         click.option("--random-weights", metavar="SEED", type=click.IntRange(min=0), help="Evaluate the architecture "
                      "of CHECKPOINT with random weights instead: what a network reaches that has learned nothing."),
         click.option("--overwrite", is_flag=True, help="Begin anew where OUTPUT holds results of something else."),

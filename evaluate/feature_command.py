@@ -7,7 +7,6 @@ import click
 from avid_pipeline.evaluate.command_options import feature_options, loading_of, names_option, split_names
 from avid_pipeline.evaluate.data import embeddings_of, open_data
 from avid_pipeline.evaluate.extraction import FeatureRequest
-from avid_pipeline.evaluate.feature_store import STORE_FILES
 from avid_pipeline.evaluate.session import open_session
 from avid_pipeline.shards_spec.command_line import FriendlyCommand
 
@@ -19,7 +18,8 @@ __all__ = ["features"]
 @click.option("--data", required=True, help="Root of the data: a folder or URL of shards.")
 @click.option("--subset", help="Named subset of the data's manifest, instead of all.")
 @click.option("--output", required=True, help="Folder or URL of the features: a zarr group.")
-@click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "float16"]))
+@click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "float16"]),
+              help="Of the stored features.")  # fmt: skip
 @names_option("Which, all in one pass.  [default: the embeddings of what the data have]")
 def features(
     checkpoint: str,
@@ -46,7 +46,7 @@ def features(
         request = FeatureRequest(
             split_names(names) or embeddings_of(opened), clips, batch_size=batch_size, dtype=dtype, precision=precision
         )
-        root = session.output(output, STORE_FILES if overwrite else None)
+        root = session.output(output, ("",) if overwrite else None)
         store = session.features(opened, request, root, "")
         if session.group.rank == 0:
             left_out = int((~store.found()).sum())

@@ -11,6 +11,7 @@ A chunk is one clip of some neighbouring instances, with a checksum. It is compl
 is written last. The group's attributes say what the features are of.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,15 +27,14 @@ from avid_pipeline.errors import ConfigError, StorageError
 from avid_pipeline.shards_spec.storage import Storage
 from avid_pipeline.streams.batches import IntArray
 
-__all__ = ["STORE_FILES", "Block", "FeatureStore", "create_store", "open_store"]
+__all__ = ["Block", "FeatureStore", "create_store", "open_store", "remove_store"]
 
 ROWS_PER_CHUNK = 256
 _FOUND, _LABEL, _LABELS, _INDEX, _FEATURES = "found", "label", "labels", "index", "features"
 _METADATA = "zarr.json"
 _DESCRIPTION = "description"
 
-STORE_FILES = (_FOUND, _LABEL, _LABELS, _INDEX, _FEATURES)
-"""Folders that a store consists of, beside its ``zarr.json``."""
+_ARRAYS = (_FOUND, _LABEL, _LABELS, _INDEX, _FEATURES)
 # The instances are written when everything else of an empty store is there.
 _BEGUN = f"{_INDEX}/c/0"
 # What obstore, zarr and its codecs raise for what is missing, cut or damaged.
@@ -220,7 +220,7 @@ def create_store(
         if differences:
             raise ConfigError(
                 f"{storage.url}: holds features of something else: {'; '.join(differences)}; give another folder, or "
-                "remove this one"
+                "--overwrite"
             )
         return store
     try:
@@ -260,6 +260,27 @@ def open_store(storage: Storage, *, complete: bool = True) -> FeatureStore:
     return store
 
 
+def remove_store(storage: Storage) -> None:
+    """Remove the features below a root, and nothing else.
+
+    Raises:
+        ConfigError: what is there are no features of ours.
+        StorageError: something cannot be removed.
+    """
+    if not storage.exists(_METADATA):
+        return
+    try:
+        attributes = json.loads(storage.read(_METADATA)).get("attributes", {})
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{storage.url_of(_METADATA)}: is no zarr group; remove it by hand ({error})") from error
+    if _DESCRIPTION not in attributes:
+        raise ConfigError(f"{storage.url}: holds a zarr group that is not ours; give another folder")
+    # The instances first: without them, what is left counts as not begun.
+    ours = [name for folder in _ARRAYS for name in storage.names(folder) if name.endswith(_METADATA) or "/c/" in name]
+    for name in (_BEGUN, *ours, _METADATA):
+        storage.delete(name)
+
+
 def _make_arrays(
     storage: Storage,
     index: IntArray,
@@ -286,6 +307,8 @@ def _make_arrays(
     arrays[_FOUND] = ((clips, count), (1, ROWS_PER_CHUNK), "bool")
     arrays[_INDEX] = ((count,), (count,), "int64")
     for name, (shape, chunks, kind) in arrays.items():
+        # Of a creation that was cut short. To let zarr overwrite it would remove all that is in that folder.
+        storage.delete(f"{name}/{_METADATA}")
         array = zarr.create_array(
             store,
             name=name,
@@ -295,7 +318,6 @@ def _make_arrays(
             compressors=Crc32cCodec(),
             fill_value=float("nan") if name.startswith(_FEATURES) else 0,
             config={"write_empty_chunks": True},
-            overwrite=True,
         )
         if name == _INDEX:
             array[:] = index

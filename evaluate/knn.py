@@ -49,10 +49,13 @@ def knn_scores(
     """
     if k < 1 or temperature <= 0:
         raise ConfigError(f"k-NN: expected k >= 1 and a positive temperature, found {k} and {temperature}")
-    cosines, rows = nearest(queries, gallery, k, exclude_own=exclude_own)
+    return _votes(*nearest(queries, gallery, k, exclude_own=exclude_own), gallery_labels, temperature)
+
+
+def _votes(cosines: Tensor, rows: Tensor, gallery_labels: Tensor, temperature: float) -> Tensor:
     # Relative to the nearest they cannot overflow, and votes are only compared within a query.
     weights = torch.exp((cosines - cosines[:, :1]) / temperature)
-    scores = torch.zeros(len(queries), gallery_labels.shape[1])
+    scores = torch.zeros(len(rows), gallery_labels.shape[1])
     for place in range(rows.shape[1]):
         scores += weights[:, place, None] * gallery_labels[rows[:, place]]
     return scores
@@ -89,18 +92,22 @@ def classify(
         ours, our_labels = _labelled(queries, name, len(classes))
         theirs, their_labels = (ours, our_labels) if gallery is None else _labelled(gallery, name, len(classes))
         row: dict[str, float | None] = {}
+        cosines, neighbours = nearest(ours, theirs, max(ks), exclude_own=gallery is None)
         for k in ks:
-            scores = knn_scores(ours, theirs, their_labels, k, temperature, exclude_own=gallery is None)
-            order = scores.topk(min(max(_TOP), len(classes)), dim=1).indices
-            right = our_labels.gather(1, order)
+            scores = _votes(cosines[:, :k], neighbours[:, :k], their_labels, temperature)
+            votes, order = scores.topk(min(max(_TOP), len(classes)), dim=1)
+            # A class that nobody votes for is no answer.
+            right = our_labels.gather(1, order) & (votes > 0)
             row |= {f"top-{top}, k={k}": float(right[:, :top].any(dim=1).double().mean()) for top in _TOP}
         rows[name] = row
         if not confusions and bool((our_labels.sum(dim=1) == 1).all()):
             counts = confusion_counts(order[:, 0], our_labels.int().argmax(dim=1), len(classes))
             confusions = (Confusion(f"{name}, {ks[-1]} neighbours", tuple(classes), counts.numpy()),)
-    frequent = their_labels.sum(dim=0).topk(min(max(_TOP), len(classes))).indices
+    frequencies = their_labels.sum(dim=0)[None] - (our_labels.int() if gallery is None else 0)
+    frequent = frequencies.expand(len(our_labels), -1).topk(min(max(_TOP), len(classes)), dim=1).indices
+    guessed = our_labels.gather(1, frequent)
     rows["the most frequent classes"] = {
-        f"top-{top}, k={k}": float(our_labels[:, frequent[:top]].any(dim=1).double().mean()) for k in ks for top in _TOP
+        f"top-{top}, k={k}": float(guessed[:, :top].any(dim=1).double().mean()) for k in ks for top in _TOP
     }
     note = f"weighted vote of the k nearest by cosine, temperature {temperature:g}"
     return Table(title="classification by nearest neighbours", rows=rows, note=note), confusions

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from avid_pipeline.errors import SampleError
+from avid_pipeline.errors import DecodeError, SampleError
 from avid_pipeline.evaluate.data import EvaluationData
 from avid_pipeline.evaluate.report import Picture
 from avid_pipeline.evaluate.retrieval import Neighbours
@@ -85,7 +85,11 @@ def _draw_frame(axes: Axes, sample: Sample) -> None:
     video = sample.record.video
     if sample.video is None or video is None:
         raise SampleError(f"{sample.record.key}: expected a picture to show, found none")
-    axes.imshow(decode_frames(sample.video, video.frames // 2, 1, video.fps, sample.record.key)[0])
+    try:
+        axes.imshow(decode_frames(sample.video, video.frames // 2, 1, video.fps, sample.record.key)[0])
+    except DecodeError:
+        # Other frames of it could be decoded, or it would not be here.
+        axes.text(0.5, 0.5, "cannot be\ndecoded", ha="center", va="center", fontsize=8, transform=axes.transAxes)
 
 
 def _draw_sound(axes: Axes, sample: Sample) -> None:

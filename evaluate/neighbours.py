@@ -88,13 +88,12 @@ def class_recall_by_chance(
         exclude_own: as for :func:`nearest`.
     """
     size = len(gallery_labels) - int(exclude_own)
-    matching = torch.cat(
-        [((of_query & gallery_labels) != 0).any(dim=1).sum()[None] for of_query in query_labels]
-    ) - int(exclude_own)
-    counts = torch.bincount(matching)
+    # Queries with the same labels share a pass over the gallery.
+    distinct, times = torch.unique(query_labels, dim=0, return_counts=True)
+    matching = [int(((labels & gallery_labels) != 0).any(dim=1).sum()) - int(exclude_own) for labels in distinct]
     result = {}
     for k in ks:
-        hits = sum(int(times) * (1 - _missed(size, n, min(k, size))) for n, times in enumerate(counts) if times)
+        hits = sum(int(n) * (1 - _missed(size, of, min(k, size))) for n, of in zip(times, matching, strict=True))
         result[k] = hits / len(query_labels)
     return result
 

@@ -55,7 +55,7 @@ class DataIdentity(Record):
     """Which data a model was evaluated on.
 
     Attributes:
-        role: what the data served for: ``data``, ``gallery``, ``train`` or ``test``.
+        role: what the data served for: ``data``, ``queries``, ``gallery``, ``train`` or ``test``.
         url: root of the data set.
         dataset: its name.
         split: its split, for example ``train``.

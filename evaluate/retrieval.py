@@ -65,9 +65,11 @@ def within_and_across(store: FeatureStore) -> tuple[list[Table], list[Neighbours
         Tables, and the neighbours behind them.
 
     Raises:
-        ConfigError: fewer than two instances could be decoded, or vectors are not finite.
+        ConfigError: fewer than two instances could be decoded, vectors are not finite, or there is nothing to retrieve.
     """
     found = torch.from_numpy(store.found().any(axis=0))
+    if int(found.sum()) < 2:
+        raise ConfigError(f"{store.storage.url}: expected at least 2 instances to search, found {int(found.sum())}")
     sides = {name: _Side.of(store, name, found) for name in store.names}
     labels = next(iter(sides.values())).labels
     labelled = (labels != 0).any(dim=1)
@@ -80,11 +82,16 @@ def within_and_across(store: FeatureStore) -> tuple[list[Table], list[Neighbours
         neighbours.append(_shown(title, sides[query], sides[candidate], order, shared, query, candidate))
         if bool(labelled.any()):
             rows[title] = _recalls(class_recall(shared[labelled], RECALL_AT))
-    tables = [by_instance(store)]
+    tables = [table for table in [by_instance(store)] if len(table.rows) > 1]
     if rows:
         rows["chance"] = _recalls(class_recall_by_chance(labels[labelled], labels, RECALL_AT, exclude_own=True))
         note = "share of queries with a neighbour of their class among the first k, their own instance left out"
         tables.append(Table(title="retrieval by class", rows=rows, note=note))
+    if not tables:
+        raise ConfigError(
+            f"{store.storage.url}: one modality, one clip of each instance and no labels leave nothing to retrieve; "
+            "give --clips 2 or more"
+        )
     return tables, neighbours
 
 
@@ -92,7 +99,8 @@ def by_instance(store: FeatureStore) -> Table:
     """Retrieval of a query's own counterpart among those of all instances.
 
     Between modalities, an instance's picture is to find its own sound and the other way round. Within a feature, the
-    mean of its clips of even number is to find that of its clips of odd number.
+    mean of its clips of even number is to find that of its clips of odd number; with a single clip of each, and a
+    single feature, only chance is left.
 
     Raises:
         ConfigError: fewer than two instances could be decoded, or vectors are not finite.
@@ -109,11 +117,6 @@ def by_instance(store: FeatureStore) -> Table:
             (even, seen_even), (odd, seen_odd) = (instance_vectors(store, query, half) for half in halves)
             both = seen_even & seen_odd
             rows[f"{query} to {candidate}"] = _cells(retrieve(even[both], odd[both], _labels(labels[both])))
-    if not rows:
-        raise ConfigError(
-            f"{store.storage.url}: one modality and one clip of each instance leave nothing to retrieve by instance; "
-            "give --clips 2 or more"
-        )
     rows["chance"] = _cells(chance(int(found.sum()), _labels(labels[found])))
     note = "share of queries whose own counterpart is among the first k"
     if store.clips >= 2:

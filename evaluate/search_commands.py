@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -121,7 +121,6 @@ def knn(ks: tuple[int, ...], temperature: float, **arguments: Any) -> None:
     """
     settings = {"k": sorted(set(ks)), "temperature": temperature}
     with _open("knn", settings=settings, **arguments) as evaluation:
-        evaluation.data.require_classes()
 
         def finish() -> None:
             if evaluation.session.group.rank == 0:
@@ -159,11 +158,14 @@ def _open(
     with open_session(checkpoint, loading_of(**loading), storage_option, random_weights) as session:
         queries, searched = _open_data(data, subset, gallery, fold, storage_option)
         wanted = split_names(names) or _default_names(command, queries, searched)
-        modalities_of(wanted)
+        if command == "knn" or searched is not None:
+            queries.require_classes()
+        for each in (queries, *([] if searched is None else [searched])):
+            each.clip_settings(session.evaluated.clip, modalities_of(wanted))
+        if searched is not None:
+            session = _with_statistics(session, searched)
         request = FeatureRequest(wanted, clips, batch_size=batch_size, precision=precision)
-        name = "-".join(
-            [command, queries.manifest.dataset, queries.manifest.split, *([] if fold is None else [f"fold{fold}"])]
-        )
+        name = _name(command, queries, searched)
         url = output or session.default_output(checkpoint, name)
         root = session.output(url, (_FEATURES, _GALLERY_FEATURES) if overwrite else None)
         yield _Evaluation(
@@ -175,6 +177,21 @@ def _open(
             gallery_store=None if searched is None else session.features(searched, request, root, _GALLERY_FEATURES),
             settings={"clips": clips, "precision": precision, "features": list(wanted), **settings},
         )
+
+
+def _with_statistics(session: Session, gallery: EvaluationData) -> Session:
+    """Sound of both is normalised alike, by the training data's statistics where the model's are not known."""
+    evaluated = session.evaluated
+    statistics = evaluated.statistics or gallery.manifest.spectrogram_statistics
+    return replace(session, evaluated=replace(evaluated, statistics=statistics))
+
+
+def _name(command: str, queries: EvaluationData, gallery: EvaluationData | None) -> str:
+    """Of the output, unless one is given."""
+    parts = [command, queries.manifest.dataset, queries.manifest.split, queries.subset]
+    if gallery is not None:
+        parts += ["from", gallery.manifest.split if gallery.subset is None else gallery.subset]
+    return "-".join(part for part in parts if part is not None)
 
 
 def _open_data(
@@ -193,7 +210,8 @@ def _open_data(
 
 
 def _default_names(command: str, queries: EvaluationData, gallery: EvaluationData | None) -> tuple[str, ...]:
-    embeddings = embeddings_of(queries)
+    both = embeddings_of(queries if gallery is None else gallery)
+    embeddings = tuple(name for name in embeddings_of(queries) if name in both)
     if command == "retrieval" and gallery is None:
         return embeddings
     pooled = tuple(f"{modality}.pool" for modality in embeddings)

@@ -16,13 +16,13 @@ from avid_pipeline.collectives import RankGroup
 from avid_pipeline.evaluate.checkpoint import EvaluatedModel, open_checkpoint
 from avid_pipeline.evaluate.data import EvaluationData
 from avid_pipeline.evaluate.extraction import FeatureRequest, extract_features
-from avid_pipeline.evaluate.feature_store import FeatureStore
+from avid_pipeline.evaluate.feature_store import FeatureStore, remove_store
 from avid_pipeline.evaluate.results import REPORT_NAME, RESULTS_NAME
 from avid_pipeline.process_group import in_process_group, join_process_group
 from avid_pipeline.shards_spec.storage import Storage, is_remote, open_storage
 from avid_pipeline.together import run_together
 
-__all__ = ["Session", "choose_device", "clear", "evaluation_ranks", "open_session"]
+__all__ = ["Session", "choose_device", "evaluation_ranks", "open_session"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class Session:
         return str(Path(checkpoint) / "evaluation" / which / name)
 
     def output(self, url: str, overwritten: Sequence[str] | None = None) -> Storage:
-        """Open an output on every rank; results and the folders ``overwritten`` are removed first, unless it is None.
+        """Open an output on every rank.
+
+        Results, and the features in the folders ``overwritten``, are removed first, unless that is None.
 
         Raises:
             StorageError: it cannot be written.
@@ -71,7 +73,7 @@ class Session:
             if self.group.rank == 0:
                 root = open_storage(url, create=True, options=self.options)
                 if overwritten is not None:
-                    clear(root, overwritten)
+                    _clear(root, tuple(overwritten), self.options)
 
         run_together(self.group, begin)
         return open_storage(url, create=True, options=self.options)
@@ -122,6 +124,8 @@ def open_session(
     """
     with evaluation_ranks() as group:
         evaluated = open_checkpoint(checkpoint, options, random_weights=random_weights, device=choose_device())
+        # A run that is still training may have moved on between two ranks' looks at it.
+        group.require_equal({"checkpoint": evaluated.identity.key})
         yield Session(evaluated, group, loading, options, random_weights)
 
 
@@ -132,11 +136,11 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
-def clear(root: Storage, folders: Sequence[str]) -> None:
-    """Remove results and these folders below a root, and nothing else.
-
-    Raises:
-        StorageError: something cannot be removed.
-    """
-    for name in (RESULTS_NAME, REPORT_NAME, *(name for folder in folders for name in root.names(folder))):
-        root.delete(name)
+def _clear(root: Storage, folders: Sequence[str], options: Mapping[str, str]) -> None:
+    """Remove results, and the features in these folders, below a root, and nothing else."""
+    for folder in folders:
+        place = root if not folder else open_storage(root.url_of(folder), create=True, options=options)
+        remove_store(place)
+    if folders != ("",):
+        for name in (RESULTS_NAME, REPORT_NAME):
+            root.delete(name)

@@ -145,9 +145,9 @@ def processes() -> dict[int, tuple[int, str]]:
     return found
 
 
-def descendants(pid: int) -> set[int]:
-    """Children of a process, theirs, and so on."""
-    table = processes()
+def descendants(pid: int, table: Mapping[int, tuple[int, str]] | None = None) -> set[int]:
+    """Children of a process, theirs, and so on; in a table of :func:`processes`, by default the present one."""
+    table = processes() if table is None else table
     found: set[int] = set()
     generation = {pid}
     while generation:

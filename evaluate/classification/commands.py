@@ -34,7 +34,7 @@ class _Request:
     test_data: str | None
     fold: int | None
     all_folds: bool
-    output: str
+    output: str | None
     overwrite: bool
     options: Mapping[str, str]
 
@@ -46,8 +46,8 @@ class _Request:
                 "(for data whose test split is a data set of its own: Kinetics, the demo)"
             )
 
-    def run(self, evaluate: EvaluateFold, group: RankGroup, say: Callable[[str], object]) -> Results:
-        output = open_storage(self.output, create=True, options=self.options)
+    def run(self, evaluate: EvaluateFold, url: str, group: RankGroup, say: Callable[[str], object]) -> Results:
+        output = open_storage(url, create=True, options=self.options)
         if self.all_folds:
             return run_folds(
                 evaluate, self.data, output, group, say=say, overwrite=self.overwrite, options=self.options
@@ -66,7 +66,11 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--test-data", help="Root of the test data, where --data has no folds."),
         click.option("--fold", type=click.IntRange(min=1), help="Which fold of the data."),
         click.option("--all-folds", is_flag=True, help="Every fold, one after the other, and their mean."),
-        click.option("--output", required=True, help="Where progress and results go: a folder, or a URL."),
+        click.option(
+            "--output",
+            help="Where progress and results go: a folder, or a URL.  [default: evaluation/ below a local CHECKPOINT "
+            "folder, else below the current one]",
+        ),
         click.option(
             "--set",
             "overrides",
@@ -97,7 +101,7 @@ def finetune(config: Path, checkpoint: str, overrides: tuple[str, ...], **argume
     torchrun --nproc-per-node 8 -m avid_pipeline.evaluate finetune CONFIG CHECKPOINT …
     """
     settings = load_config(config, FinetuneConfig, overrides)
-    _evaluate(partial(run_finetune, settings), settings.data, checkpoint, **arguments)
+    _evaluate(partial(run_finetune, settings), f"finetune-{config.stem}", settings.data, checkpoint, **arguments)
 
 
 @click.command(cls=FriendlyCommand)
@@ -116,11 +120,12 @@ def linear(config: Path, checkpoint: str, overrides: tuple[str, ...], cache_feat
     settings = load_config(config, LinearConfig, overrides)
     options = arguments["storage_option"]
     run = partial(run_linear, settings, cache_features=cache_features, options=options)
-    _evaluate(run, settings.data, checkpoint, **arguments)
+    _evaluate(run, f"linear-{config.stem}", settings.data, checkpoint, **arguments)
 
 
 def _evaluate(
     run: Callable[..., Results],
+    name: str,
     loading: LoadingSettings,
     checkpoint: str,
     *,
@@ -137,7 +142,9 @@ def _evaluate(
         def evaluate(train: EvaluationData, test: EvaluationData, output: Storage) -> Results:
             return run(session.evaluated, train, test, output, group, say=session.say, overwrite=overwrite)
 
-        results = request.run(evaluate, group, session.say)
+        fold = "" if request.fold is None else f"-fold{request.fold}"
+        url = request.output or session.default_output(checkpoint, name + fold)
+        results = request.run(evaluate, url, group, session.say)
         if group.rank == 0:
             click.echo(terminal_table(results.tables[0]))
-            click.echo(f"report: {request.output.rstrip('/')}/{REPORT_NAME}")
+            click.echo(f"report: {url.rstrip('/')}/{REPORT_NAME}")

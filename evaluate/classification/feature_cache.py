@@ -1,5 +1,6 @@
 """The folders of cached features below an evaluation's output."""
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ __all__ = ["FeatureCache"]
 
 _PREFIX = "features-"
 _HASH_DIGITS = 12
+_FOLDER = re.compile(rf"({_PREFIX}(?:train|test)-[0-9a-f]{{{_HASH_DIGITS}}})/")
 _DELETED_AT_ONCE = 8
 
 
@@ -95,7 +97,7 @@ class FeatureCache:
         def remove() -> None:
             if self.group.rank > 0:
                 return
-            for folder in {name.partition("/")[0] for name in self.output.names() if name.startswith(_PREFIX)} - kept:
+            for folder in {found[1] for name in self.output.names() if (found := _FOLDER.match(name))} - kept:
                 _remove_folder(self.output, folder)
 
         run_together(self.group, remove)

@@ -23,6 +23,7 @@ from avid_pipeline.evaluate.layers import compute_features, feature_dim
 from avid_pipeline.evaluate.results import Results
 from avid_pipeline.models import AVModel
 from avid_pipeline.optimisation import learning_rate
+from avid_pipeline.shards_spec.manifest import fingerprint
 from avid_pipeline.shards_spec.storage import Storage
 
 __all__ = ["LinearProbes", "run_linear"]
@@ -69,7 +70,8 @@ def run_linear(
         AvidPipelineError: the data cannot be read, or ``output`` not written.
     """
     task = Task(train_data, test_data, config.modality, config, evaluated.statistics, say)
-    settings = config.plain(cache_features=cache_features)
+    sound = None if config.modality != "audio" or task.statistics is None else task.statistics.model_dump(mode="json")
+    settings = config.plain(cache_features=cache_features, sound_statistics=sound and fingerprint(sound))
     folder = EvaluationFolder(output, planned_results("linear", evaluated, task, settings), group)
     done = folder.begin(overwrite=overwrite)
     if done is not None:

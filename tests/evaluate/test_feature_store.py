@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avid_pipeline.errors import ConfigError, StorageError
-from avid_pipeline.evaluate.feature_store import STORE_FILES, Block, create_store, open_store, pack_labels
+from avid_pipeline.evaluate.feature_store import Block, create_store, open_store, pack_labels, remove_store
 from avid_pipeline.shards_spec.storage import open_storage
 
 COUNT, CLIPS = 600, 2
@@ -138,9 +138,15 @@ def test_no_store_and_no_such_feature_are_clear_errors(tmp_path):
         open_store(root).features("audio", 0)
 
 
-def test_it_consists_of_what_it_says(tmp_path):
-    fill(create(open_storage(tmp_path)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*STORE_FILES, "zarr.json"])
+def test_removing_leaves_what_is_not_ours(tmp_path):
+    root = open_storage(tmp_path)
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "mine.csv").write_text("mine")
+    fill(create(root))
+    remove_store(root)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "labels" / "mine.csv"]
+    fill(create(root))
+    assert open_store(root).found().any()
 
 
 def test_on_an_object_store(make_bucket):

@@ -98,6 +98,12 @@ def test_a_voter_with_several_labels_votes_for_each():
     assert own[1].tolist() != [0, 0, 0]
 
 
+def test_chance_with_many_queries_of_few_kinds():
+    labels = bits([(n % 3,) for n in range(5000)])
+    # 1,666 or 1,667 others of 4,999 are alike.
+    assert class_recall_by_chance(labels, labels, (1,), exclude_own=True)[1] == pytest.approx(1 / 3, abs=1e-3)
+
+
 @pytest.mark.parametrize(("k", "temperature"), [(0, 0.1), (3, 0.0)])
 def test_impossible_votes_are_clear_errors(k, temperature):
     with pytest.raises(ConfigError, match="expected k >= 1 and a positive temperature"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from click.testing import CliRunner
 
 from avid_pipeline.evaluate.cli import main
@@ -83,6 +84,35 @@ def test_the_same_command_again_uses_what_is_there(trained_run, small_dataset, t
     assert (tmp_path / "mine.txt").read_text() == "stays"
 
 
+def test_overwriting_removes_nothing_of_others(trained_run, small_dataset, tmp_path):
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "train.csv").write_text("mine")
+    arguments = ("features", trained_run, "--data", small_dataset, "--clips", 1, "--features", "audio", "--overwrite")
+    run(*arguments, "--output", tmp_path)
+    assert (tmp_path / "labels" / "train.csv").read_text() == "mine"
+    zarr.create_array(str(tmp_path / "theirs"), name="labels", data=np.arange(3))
+    assert "holds a zarr group that is not ours" in run(*arguments, "--output", tmp_path / "theirs", code=1)
+    assert zarr.open_array(str(tmp_path / "theirs" / "labels"), mode="r")[2] == 2
+
+
+def test_what_needs_no_features_is_refused_before_they_are_computed(trained_run, small_dataset, tmp_path):
+    content = json.loads((small_dataset / MANIFEST_NAME).read_text()) | {"classes": []}
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in small_dataset.iterdir():
+        if path.is_file() and path.name != MANIFEST_NAME:
+            os.link(path, other / path.name)
+    (other / MANIFEST_NAME).write_text(json.dumps(content))
+    assert "has no classes" in run("knn", trained_run, "--data", other, "--output", tmp_path / "out", code=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_modality_and_one_clip_leave_classes(trained_run, small_dataset, tmp_path):
+    arguments = ("retrieval", trained_run, "--data", small_dataset, "--clips", 1, "--features", "video")
+    run(*arguments, "--output", tmp_path)
+    assert [table.title for table in read_results(open_storage(tmp_path)).tables] == ["retrieval by class"]
+
+
 def test_the_same_weights_elsewhere_are_the_same(trained_run, small_dataset, tmp_path):
     arguments = ("--data", small_dataset, "--clips", 1, "--features", "video", "--output", tmp_path / "out")
     for options in ((), ("--random-weights", 1, "--overwrite")):
@@ -96,6 +126,8 @@ def test_results_go_below_the_run_unless_told_otherwise(trained_run, small_datas
     monkeypatch.chdir(tmp_path)
     run("knn", trained_run, "--data", small_dataset, "--clips", 1)
     assert (trained_run / "evaluation" / "step-00000002" / "knn-kinetics-train" / "results.json").is_file()
+    run("knn", trained_run, "--data", small_dataset, "--gallery", small_dataset, "--clips", 1)
+    assert (trained_run / "evaluation" / "step-00000002" / "knn-kinetics-train-from-train").is_dir()
     run("knn", trained_run, "--data", small_dataset, "--clips", 1, "--random-weights", 3)
     assert (trained_run / "evaluation" / "random-3" / "knn-kinetics-train" / "results.json").is_file()
     weights = next(trained_run.glob("checkpoints/*/model.safetensors"))

@@ -49,7 +49,7 @@ def test_kill_9_of_a_rank_under_torchrun_with_restarts(small_dataset, calm_on_ra
     # All ranks start anew from the newest checkpoint; the user gave no --resume.
     killed = tmp_path / "killed"
     scratch = ("--from-scratch",) if kind == "AVID+CMA" else ()
-    changes = ON_RANKS | EVERY_STEP | KINDS[kind]
+    changes = ON_RANKS | {"checkpoint": {"every_steps": 2, "keep": 3}} | KINDS[kind]
     with started(*command(tmp_path, small_dataset, killed, *scratch, ranks=3, **changes), merge=True) as process:
         for life, (steps, rank) in enumerate(((2, 1), (7, 2)), 1):
             process.wait_until(

@@ -17,6 +17,7 @@ from avid_pipeline.shards_spec.manifest import Parameters, VideoParameters
 from tests.conftest import make_video
 from tests.processes import Started, descendants, processes, started
 
+TRIES = 8
 SMALL = Parameters(video=VideoParameters(short_side=48), samples_per_shard=4)
 
 
@@ -34,7 +35,7 @@ def files(root: Path) -> dict[str, bytes]:
 def converters(pid: int, tree: Path) -> dict[int, int]:
     """The ffmpeg processes below a process that read a tree: theirs and their parents' ids."""
     table = processes()
-    return {child: table[child][0] for child in descendants(pid) if child in table and _reads(table[child][1], tree)}
+    return {child: table[child][0] for child in descendants(pid, table) if _reads(table[child][1], tree)}
 
 
 def ffmpegs(tree: Path) -> list[int]:
@@ -49,6 +50,8 @@ def _reads(command: str, tree: Path) -> bool:
 @dataclass
 class Killer:
     """Kills workers with SIGKILL while their ffmpeg runs, as soon as ``ready`` says so.
+
+    A busy machine may have no time for it until they are done: whoever needs a worker killed tries again.
 
     Attributes:
         killed: the workers' process ids.
@@ -71,7 +74,7 @@ class Killer:
         assert not self._thread.is_alive()
 
     def _run(self) -> None:
-        while len(self.killed) < self.most and not self._stop.wait(0.03):
+        while len(self.killed) < self.most and not self._stop.wait(0.01):
             workers = set(converters(os.getpid(), self.tree).values()) - set(self.killed) if self.ready() else set()
             for worker in sorted(workers)[:1]:
                 assert worker != os.getpid()

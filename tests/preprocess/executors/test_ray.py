@@ -92,8 +92,8 @@ def test_same_bytes_as_local(kinetics_tree, tmp_path, own_ray):
 def test_jobs_in_a_ray_that_runs(kinetics_tree, slow_tree, slow_files, tmp_path, own_ray):
     found = run_worker(own_ray, "one", tmp_path, kinetics_tree, slow_tree)
     # The shard of a killed worker is built again.
-    assert found["killed"] == {"job": "killed", "sources": 8, "killed": 1}
-    assert files(tmp_path / "killed") == slow_files
+    assert (found["killed"]["sources"], found["killed"]["killed"]) == (8, 1)
+    assert files(tmp_path / found["killed"]["root"]) == slow_files
     # Errors of ours come out as themselves.
     kind, message = found["blocked"]["error"]
     assert kind == "StorageError"
