@@ -65,10 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduling | None:
-    if config.getoption("dist") != "loadfile":
-        return None
-    config.option.loadscopereorder = False  # The order is that of pytest_collection_modifyitems.
-    return FileScheduling(config, log)
+    return FileScheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.hookimpl(optionalhook=True)

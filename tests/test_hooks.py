@@ -77,7 +77,7 @@ def test_stuck_and_killed_tests_fail_and_the_others_run(tmp_path):
     for number in range(8):
         (tmp_path / f"test_fine_{number}.py").write_text(FINE.format(1 + number % 3))
     limits = [word for limit in LIMITS for word in ("-o", limit)]
-    options = ["-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", *limits]
+    options = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-p", "no:cacheprovider", *limits]
     # As from a shell without job control.
     shell = ["bash", "-c", 'trap "" INT; exec "$@"', "bash", sys.executable, "-m", "pytest", "-v", *options]
     done = run(*shell, tmp_path, cwd=tmp_path, env={"PYTHONPATH": str(REPOSITORY)}, check=False)
